@@ -1,0 +1,58 @@
+// pyllm._cpu: addresses, sizes and a thread count in; no torch header, so no ABI to break.
+//
+// Nothing here checks shapes: the launchers in pyllm/cpu_kernels do, and they own every tensor.
+
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <cstdint>
+
+#include "cpu/isa.h"
+#include "cpu/kernels.h"
+#include "cpu/parallel.h"
+
+namespace py = pybind11;
+
+namespace {
+
+using Address = std::uintptr_t;
+
+const void* in(Address address) { return reinterpret_cast<const void*>(address); }
+void* out(Address address) { return reinterpret_cast<void*>(address); }
+pyllm::DType dtype_of(int code) { return static_cast<pyllm::DType>(code); }
+
+void rms_norm_forward(int dtype, Address x, Address weight, double eps, Address y, Address rstd,
+                      std::int64_t rows, std::int64_t width, int n_threads) {
+  PYLLM_PICK(rms_norm_forward)
+  (dtype_of(dtype), in(x), in(weight), eps, out(y), out(rstd), rows, width, n_threads);
+}
+
+void rms_norm_backward(int dtype, Address dy, Address x, Address weight, Address rstd, Address dx,
+                       Address dweight, std::int64_t rows, std::int64_t width, int n_threads) {
+  PYLLM_PICK(rms_norm_backward)
+  (dtype_of(dtype), in(dy), in(x), in(weight), in(rstd), out(dx), out(dweight), rows, width,
+   n_threads);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_cpu, module) {
+  module.doc() = "CPU kernels of pyllm on raw pointers; called by pyllm.cpu_kernels only.";
+
+  py::dict dtypes;
+  dtypes["float32"] = static_cast<int>(pyllm::DType::float32);
+  dtypes["float64"] = static_cast<int>(pyllm::DType::float64);
+  dtypes["bfloat16"] = static_cast<int>(pyllm::DType::bfloat16);
+  dtypes["float16"] = static_cast<int>(pyllm::DType::float16);
+  module.attr("DTYPES") = dtypes;
+
+  module.def("built_isas", &pyllm::built_isas);
+  module.def("supported_isas", &pyllm::supported_isas);
+  module.def("set_isa", &pyllm::set_isa);
+  module.def("active_isa", &pyllm::active_isa_name);
+  module.def("parallel_backend", &pyllm::parallel_backend);
+
+  using ReleaseGil = py::call_guard<py::gil_scoped_release>;
+  module.def("rms_norm_forward", &rms_norm_forward, ReleaseGil());
+  module.def("rms_norm_backward", &rms_norm_backward, ReleaseGil());
+}

@@ -1,0 +1,51 @@
+"""What every launcher needs: the extension, dtype codes, the type sums are kept in."""
+
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from pyllm._native import cpu_extension
+
+
+def extension() -> ModuleType:
+    """``pyllm._cpu``.
+
+    Raises:
+        RuntimeError: the extension was not built.
+    """
+    module = cpu_extension()
+    if module is None:
+        raise RuntimeError("the cpu face needs pyllm._cpu, which was not built here")
+    return module
+
+
+_NAMES = {
+    torch.float32: "float32",
+    torch.float64: "float64",
+    torch.bfloat16: "bfloat16",
+    torch.float16: "float16",
+}
+
+
+def dtype_code(op: str, dtype: torch.dtype) -> int:
+    """The kernel's code of a dtype.
+
+    Raises:
+        ValueError: the kernels have no such dtype.
+    """
+    if dtype not in _NAMES:
+        expected = ", ".join(str(known) for known in _NAMES)
+        raise ValueError(f"{op}: the cpu face has no {dtype}; expected one of {expected}")
+    code: int = extension().DTYPES[_NAMES[dtype]]
+    return code
+
+
+def accumulator(dtype: torch.dtype) -> torch.dtype:
+    """The dtype the kernels add up in: float32, but float64 for float64."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def ready(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """``tensor`` contiguous and in ``dtype``; the tensor itself where it already is."""
+    return tensor.to(dtype).contiguous()

@@ -1,0 +1,109 @@
+"""How fast a model writes, and how much memory that takes."""
+
+import statistics
+import sys
+import time
+from dataclasses import dataclass
+
+import torch
+
+from pyllm.generate.decode import next_logits
+from pyllm.models import Transformer
+
+
+@dataclass(frozen=True)
+class DecodeTimes:
+    """Times of one prefill and of the decoding steps after it, in seconds."""
+
+    batch: int
+    """Sequences side by side."""
+    prompt_tokens: int
+    """Of each sequence."""
+    prefill: float
+    """The prompt in one pass."""
+    steps: tuple[float, ...]
+    """Each gives every sequence one token."""
+
+    @property
+    def median(self) -> float:
+        """Of the steps."""
+        return statistics.median(self.steps)
+
+    @property
+    def quartiles(self) -> tuple[float, float]:
+        """Lower and upper quartile of the steps: their spread."""
+        low, _, high = statistics.quantiles(self.steps, n=4)
+        return low, high
+
+    @property
+    def tokens_per_second(self) -> float:
+        """All sequences together."""
+        return self.batch * len(self.steps) / sum(self.steps)
+
+
+@torch.inference_mode()
+def time_decode(
+    model: Transformer, batch: int, prompt_tokens: int, new_tokens: int
+) -> DecodeTimes:
+    """Prefill random tokens, then write greedily; the first run is a warm-up and not counted.
+
+    Raises:
+        ValueError: fewer than two new tokens, an empty prompt or batch, more than the context.
+    """
+    if batch < 1 or prompt_tokens < 1 or new_tokens < 2:
+        raise ValueError(
+            f"expected at least 1 sequence, 1 prompt token and 2 new tokens, got {batch}, "
+            f"{prompt_tokens} and {new_tokens}"
+        )
+    context = model.config.max_seq_len
+    if prompt_tokens + new_tokens > context:
+        raise ValueError(
+            f"{prompt_tokens} prompt tokens and {new_tokens} new ones do not fit into the "
+            f"model's context of {context}"
+        )
+    device = model.embedding.weight.device
+    generator = torch.Generator().manual_seed(0)
+    shape = (batch, prompt_tokens)
+    prompt_BT = torch.randint(model.config.vocab_size, shape, generator=generator).to(device)
+    _run(model, prompt_BT, min(new_tokens, 4))
+    prefill, steps = _run(model, prompt_BT, new_tokens)
+    return DecodeTimes(batch, prompt_tokens, prefill, tuple(steps))
+
+
+def _run(
+    model: Transformer, prompt_BT: torch.Tensor, new_tokens: int
+) -> tuple[float, list[float]]:
+    cache = model.new_cache(prompt_BT.shape[0], prompt_BT.shape[1] + new_tokens)
+    clocks = [_clock(prompt_BT.device)]
+    ids_BT = prompt_BT
+    for _ in range(new_tokens + 1):
+        ids_BT = next_logits(model, ids_BT, cache).argmax(-1, keepdim=True)
+        clocks.append(_clock(prompt_BT.device))
+    times = [end - start for start, end in zip(clocks, clocks[1:], strict=False)]
+    return times[0], times[1:]
+
+
+def _clock(device: torch.device) -> float:
+    """Seconds, once all work handed to the device is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+    return time.perf_counter()
+
+
+def peak_memory_bytes(device: torch.device) -> int | None:
+    """The most memory in use so far: PyTorch's on a GPU, the whole process's on a CPU.
+
+    None where the system does not tell (Windows).
+    """
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if device.type == "mps":
+        return torch.mps.driver_allocated_memory()
+    try:
+        import resource
+    except ModuleNotFoundError:
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # bytes there, kilobytes here

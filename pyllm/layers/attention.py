@@ -1,0 +1,52 @@
+"""Causal self-attention as a layer: projections, rotary positions, cache, attention."""
+
+from torch import Tensor, nn
+
+from pyllm.layers.kv_cache import KVCache
+from pyllm.ops import attention, rope
+
+
+class CausalSelfAttention(nn.Module):
+    """Multi-head attention with grouped key-value heads (arXiv:1706.03762, arXiv:2305.13245).
+
+    Queries, keys and values come from one matrix: H query heads, then G key heads, then G value
+    heads, each of K rows.
+
+    Args:
+        width: D.
+        n_heads: H; K = D / H.
+        n_kv_heads: G, a divisor of H.
+        window: positions a query sees, its own included; None for all.
+    """
+
+    def __init__(
+        self, width: int, n_heads: int, n_kv_heads: int, window: int | None = None
+    ) -> None:
+        super().__init__()
+        self.head_dim = width // n_heads
+        self.heads = [n_heads, n_kv_heads, n_kv_heads]
+        self.window = window
+        self.qkv_proj = nn.Linear(width, sum(self.heads) * self.head_dim, bias=False)
+        self.out_proj = nn.Linear(width, width, bias=False)
+
+    def forward(
+        self,
+        x_BTD: Tensor,
+        rotary: tuple[Tensor, Tensor] | None = None,
+        cache: KVCache | None = None,
+        layer: int = 0,
+    ) -> Tensor:
+        """(B, T, D) to (B, T, D); with a cache, T new tokens see everything it holds."""
+        qkv_BTJK = self.qkv_proj(x_BTD).unflatten(-1, (sum(self.heads), self.head_dim))
+        if rotary is None:
+            q_BTHK, k_BTGK, v_BTGK = qkv_BTJK.split(self.heads, dim=2)
+        else:
+            # Queries and keys lie side by side and are turned in one call.
+            n_turned = self.heads[0] + self.heads[1]
+            turned_BTJK = rope(qkv_BTJK[:, :, :n_turned], *rotary)
+            q_BTHK, k_BTGK = turned_BTJK.split(self.heads[:2], dim=2)
+            v_BTGK = qkv_BTJK[:, :, n_turned:]
+        if cache is not None:
+            k_BTGK, v_BTGK = cache.append(layer, k_BTGK, v_BTGK)
+        y_BTHK = attention(q_BTHK, k_BTGK, v_BTGK, window=self.window)
+        return self.out_proj(y_BTHK.flatten(2))

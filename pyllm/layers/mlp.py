@@ -1,0 +1,25 @@
+"""The dense feed-forward network."""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class MLP(nn.Module):
+    """``w_out @ act(w_in @ x)``; ``swiglu`` (arXiv:2002.05202) or ``gelu`` (tanh form).
+
+    For ``swiglu`` the first matrix holds F gate rows, then F up rows, as the experts do.
+    """
+
+    def __init__(self, width: int, hidden: int, activation: str) -> None:
+        super().__init__()
+        self.gated = activation == "swiglu"
+        self.in_proj = nn.Linear(width, 2 * hidden if self.gated else hidden, bias=False)
+        self.out_proj = nn.Linear(hidden, width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., D) to (..., D)."""
+        pre = self.in_proj(x)
+        if self.gated:
+            gate, up = pre.chunk(2, dim=-1)
+            return self.out_proj(F.silu(gate) * up)
+        return self.out_proj(F.gelu(pre, approximate="tanh"))

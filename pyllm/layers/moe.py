@@ -1,0 +1,98 @@
+"""The sparse mixture of experts as a layer: an fp32 router, stacked experts, a dispatcher."""
+
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from pyllm.ops import moe_ffn, route_topk
+
+
+class RouterStatistics(NamedTuple):
+    """What one MoE layer reports of one batch."""
+
+    balance_loss: Tensor
+    """Scalar; 1 when the load is even (Switch Transformer, arXiv:2101.03961, eq. 4)."""
+    z_loss: Tensor
+    """Scalar (ST-MoE, arXiv:2202.08906, eq. 5)."""
+    tokens_per_expert: Tensor
+    """(E,) int32."""
+
+
+class Dispatcher(Protocol):
+    """Takes tokens to their experts and back. The layer is handed one, so that experts can live
+    on other processes without the layer knowing."""
+
+    def __call__(
+        self,
+        x_ND: Tensor,
+        w_in: Tensor,
+        w_out: Tensor,
+        weights_NA: Tensor,
+        experts_NA: Tensor,
+        activation: str,
+    ) -> Tensor:
+        """(N, D) to (N, D)."""
+        ...
+
+
+class LocalDispatcher:
+    """All experts live in this process."""
+
+    def __call__(
+        self,
+        x_ND: Tensor,
+        w_in: Tensor,
+        w_out: Tensor,
+        weights_NA: Tensor,
+        experts_NA: Tensor,
+        activation: str,
+    ) -> Tensor:
+        """See :func:`pyllm.ops.moe_ffn`."""
+        return moe_ffn(x_ND, w_in, w_out, weights_NA, experts_NA, activation)
+
+
+class MoE(nn.Module):
+    """``n_experts`` feed-forward networks, of which ``top_k`` run for each token.
+
+    Args:
+        width: D.
+        hidden: F, of each expert.
+        n_experts: E.
+        top_k: experts per token.
+        activation: ``swiglu`` or ``gelu``.
+        dispatcher: where the experts live; by default in this process.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        hidden: int,
+        n_experts: int,
+        top_k: int,
+        activation: str,
+        dispatcher: Dispatcher | None = None,
+    ) -> None:
+        super().__init__()
+        self.top_k = top_k
+        self.activation = activation
+        self.dispatcher = dispatcher or LocalDispatcher()
+        columns = 2 * hidden if activation == "swiglu" else hidden
+        self.router = nn.Parameter(torch.empty(n_experts, width))
+        self.w_in = nn.Parameter(torch.empty(n_experts, columns, width))
+        self.w_out = nn.Parameter(torch.empty(n_experts, width, hidden))
+
+    def forward(self, x_BTD: Tensor) -> tuple[Tensor, RouterStatistics]:
+        """(B, T, D) to (B, T, D) and the router's statistics."""
+        x_ND = x_BTD.flatten(0, 1)
+        # The router works in fp32: bf16 logits make ties and flip choices (Switch, sec. 2.4).
+        with torch.autocast(x_ND.device.type, enabled=False):
+            logits_NE = x_ND.float() @ self.router.float().t()
+        routing = route_topk(logits_NE, self.top_k)
+        y_ND = self.dispatcher(
+            x_ND, self.w_in, self.w_out, routing.weights, routing.experts, self.activation
+        )
+        statistics = RouterStatistics(
+            routing.balance_loss, routing.z_loss, routing.tokens_per_expert
+        )
+        return y_ND.view_as(x_BTD), statistics

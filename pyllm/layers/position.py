@@ -1,0 +1,66 @@
+"""How a model knows the order of its tokens: rotary, learned or sinusoidal positions."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+
+class RotaryTable(nn.Module):
+    """Cosines and sines of ``t * theta^(-2i/K)`` (RoFormer, arXiv:2104.09864, sec. 3.2.2).
+
+    Kept in float32 and out of the state dict: it follows from the configuration.
+    """
+
+    cos: Tensor
+    sin: Tensor
+
+    def __init__(self, max_seq_len: int, head_dim: int, theta: float = 10_000.0) -> None:
+        super().__init__()
+        frequency_J = theta ** -(torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
+        angle_TJ = torch.outer(torch.arange(max_seq_len, dtype=torch.float64), frequency_J)
+        self.register_buffer("cos", angle_TJ.cos().float(), persistent=False)
+        self.register_buffer("sin", angle_TJ.sin().float(), persistent=False)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "RotaryTable":
+        # model.bfloat16() would round the angles' cosines to 8 bits: only the device may change.
+        cos, sin = self.cos, self.sin
+        super()._apply(fn, recurse)
+        if self.cos.dtype != torch.float32:
+            self.cos, self.sin = cos.to(self.cos.device), sin.to(self.sin.device)
+        return self
+
+    def forward(self, start: int, length: int) -> tuple[Tensor, Tensor]:
+        """Tables (length, K/2) of positions ``start`` to ``start + length``."""
+        return self.cos[start : start + length], self.sin[start : start + length]
+
+
+class LearnedPositions(nn.Module):
+    """One trained vector for each position, added to the embeddings (GPT-2)."""
+
+    def __init__(self, max_seq_len: int, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(max_seq_len, width))
+
+    def forward(self, start: int, length: int) -> Tensor:
+        """(length, D)."""
+        return self.weight[start : start + length]
+
+
+class SinusoidalPositions(nn.Module):
+    """Fixed sines and cosines (Vaswani et al. 2017, arXiv:1706.03762, sec. 3.5)."""
+
+    table: Tensor
+
+    def __init__(self, max_seq_len: int, width: int) -> None:
+        super().__init__()
+        angle_TJ = torch.outer(
+            torch.arange(max_seq_len, dtype=torch.float64),
+            10_000.0 ** -(torch.arange(0, width, 2, dtype=torch.float64) / width),
+        )
+        table_TD = torch.stack([angle_TJ.sin(), angle_TJ.cos()], dim=-1).flatten(1)[:, :width]
+        self.register_buffer("table", table_TD.float(), persistent=False)
+
+    def forward(self, start: int, length: int) -> Tensor:
+        """(length, D)."""
+        return self.table[start : start + length]

@@ -1,0 +1,49 @@
+"""Models: configuration, presets, the transformer, counting, saving and loading.
+
+Imported lazily, so that a configuration can be read (and ``--help`` printed) without torch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pyllm.models.config import PRESETS, ModelConfig, preset
+    from pyllm.models.counting import FlopCount, ParameterCount, count_flops, count_parameters
+    from pyllm.models.folder import load_model, save_model
+    from pyllm.models.transformer import Block, ModelOutput, Transformer
+
+_HOMES = {
+    "PRESETS": "config",
+    "ModelConfig": "config",
+    "preset": "config",
+    "FlopCount": "counting",
+    "ParameterCount": "counting",
+    "count_flops": "counting",
+    "count_parameters": "counting",
+    "load_model": "folder",
+    "save_model": "folder",
+    "Block": "transformer",
+    "ModelOutput": "transformer",
+    "Transformer": "transformer",
+}
+
+__all__ = [
+    "PRESETS",
+    "Block",
+    "FlopCount",
+    "ModelConfig",
+    "ModelOutput",
+    "ParameterCount",
+    "Transformer",
+    "count_flops",
+    "count_parameters",
+    "load_model",
+    "preset",
+    "save_model",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)

@@ -1,0 +1,207 @@
+"""The decoder-only transformer: embedding, pre-norm blocks, final norm, output projection."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from pyllm.layers import MLP, CausalSelfAttention, Dispatcher, KVCache, MoE, RouterStatistics
+from pyllm.layers.norm import NORMS
+from pyllm.layers.position import LearnedPositions, RotaryTable, SinusoidalPositions
+from pyllm.models.config import ModelConfig
+from pyllm.ops import linear_cross_entropy
+
+
+class ModelOutput(NamedTuple):
+    """What a forward pass gives."""
+
+    logits: Tensor | None
+    """(B, T, V), when no targets were given."""
+    loss: Tensor | None
+    """Cross-entropy in nats per token, when targets were given: a scalar, or (B, T)."""
+    balance_loss: Tensor
+    """Mean over the MoE layers; 1 when the load is even; 0 for a dense model."""
+    z_loss: Tensor
+    """Mean over the MoE layers."""
+    tokens_per_expert: Tensor
+    """(MoE layers, E) int32."""
+
+
+class Block(nn.Module):
+    """``x + attention(norm(x))``, then ``x + ffn(norm(x))``."""
+
+    def __init__(self, config: ModelConfig, layer: int, dispatcher: Dispatcher | None) -> None:
+        super().__init__()
+        norm = NORMS[config.norm]
+        self.layer = layer
+        self.attention_norm = norm(config.d_model, config.norm_eps)
+        self.attention = CausalSelfAttention(
+            config.d_model, config.n_heads, config.n_kv_heads, config.window
+        )
+        self.ffn_norm = norm(config.d_model, config.norm_eps)
+        if config.is_moe(layer):
+            self.ffn: nn.Module = MoE(
+                config.d_model,
+                config.d_ff,
+                config.n_experts,
+                config.top_k,
+                config.activation,
+                dispatcher,
+            )
+        else:
+            hidden = config.d_ff * (config.top_k if config.moe_every else 1)
+            self.ffn = MLP(config.d_model, hidden, config.activation)
+
+    def forward(
+        self,
+        x_BTD: Tensor,
+        rotary: tuple[Tensor, Tensor] | None = None,
+        cache: KVCache | None = None,
+    ) -> tuple[Tensor, RouterStatistics | None]:
+        """(B, T, D) to (B, T, D), and the router's statistics of an MoE layer."""
+        x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), rotary, cache, self.layer)
+        normed_BTD = self.ffn_norm(x_BTD)
+        if isinstance(self.ffn, MoE):
+            y_BTD, statistics = self.ffn(normed_BTD)
+            return x_BTD + y_BTD, statistics
+        return x_BTD + self.ffn(normed_BTD), None
+
+
+class Transformer(nn.Module):
+    """A language model.
+
+    Args:
+        config: the architecture.
+        dispatcher: handed to every MoE layer; by default all experts live here.
+
+    Attributes:
+        recompute: when training, keep only each block's input and compute the rest once more in
+            the backward (Chen et al. 2016, arXiv:1604.06174).
+    """
+
+    def __init__(self, config: ModelConfig, dispatcher: Dispatcher | None = None) -> None:
+        super().__init__()
+        self.config = config
+        self.recompute = False
+        self.embedding = nn.Embedding(config.vocab_size, config.d_model)
+        self.rotary: RotaryTable | None = None
+        self.positions: nn.Module | None = None
+        if config.position == "rope":
+            self.rotary = RotaryTable(config.max_seq_len, config.head_dim, config.rope_theta)
+        elif config.position == "learned":
+            self.positions = LearnedPositions(config.max_seq_len, config.d_model)
+        else:
+            self.positions = SinusoidalPositions(config.max_seq_len, config.d_model)
+        self.blocks = nn.ModuleList(
+            Block(config, layer, dispatcher) for layer in range(config.n_layers)
+        )
+        self.final_norm = NORMS[config.norm](config.d_model, config.norm_eps)
+        self.output: nn.Linear | None = None
+        if not config.tie_embeddings:
+            self.output = nn.Linear(config.d_model, config.vocab_size, bias=False)
+        self.initialise()
+
+    @torch.no_grad()
+    def initialise(self) -> None:
+        """Draw all weights anew from the global generator.
+
+        Embeddings and router: standard deviation 0.02. Matrices: ``1/sqrt(fan in)``, so that unit
+        inputs give unit outputs; those that write to the residual stream are divided by
+        ``sqrt(2 * n_layers)`` besides (GPT-2, sec. 2.3), so that its variance does not grow with
+        depth.
+        """
+        depth = (2 * self.config.n_layers) ** -0.5
+        for name, parameter in self.named_parameters():
+            if name.startswith(("embedding", "positions")) or name.endswith("router"):
+                nn.init.normal_(parameter, std=0.02)
+            elif parameter.dim() >= 2:
+                writes = name.endswith(("out_proj.weight", "w_out"))
+                std = parameter.shape[-1] ** -0.5 * (depth if writes else 1.0)
+                nn.init.normal_(parameter, std=std)
+
+    @property
+    def output_weight(self) -> Tensor:
+        """(V, D)."""
+        return self.embedding.weight if self.output is None else self.output.weight
+
+    def new_cache(self, batch: int, max_length: int | None = None) -> KVCache:
+        """An empty kv cache for this model, by default as long as its context."""
+        return KVCache(
+            self.config.n_layers,
+            batch,
+            max_length or self.config.max_seq_len,
+            self.config.n_kv_heads,
+            self.config.head_dim,
+            dtype=self.embedding.weight.dtype,
+            device=self.embedding.weight.device,
+        )
+
+    def hidden(
+        self, input_ids_BT: Tensor, cache: KVCache | None = None
+    ) -> tuple[Tensor, list[RouterStatistics]]:
+        """Token ids to the last hidden states (B, T, D), after the final norm.
+
+        Raises:
+            ValueError: more positions than the model's context.
+        """
+        start = 0 if cache is None else cache.length
+        n_tokens = input_ids_BT.shape[1]
+        if start + n_tokens > self.config.max_seq_len:
+            raise ValueError(
+                f"{start + n_tokens} tokens do not fit into the model's context of "
+                f"{self.config.max_seq_len}"
+            )
+        x_BTD = self.embedding(input_ids_BT)
+        if self.positions is not None:
+            x_BTD = x_BTD + self.positions(start, n_tokens)
+        rotary = None if self.rotary is None else self.rotary(start, n_tokens)
+        statistics = []
+        for block in self.blocks:
+            if self.recompute and self.training and torch.is_grad_enabled():
+                x_BTD, routed = checkpoint(block, x_BTD, rotary, use_reentrant=False)
+            else:
+                x_BTD, routed = block(x_BTD, rotary, cache)
+            if routed is not None:
+                statistics.append(routed)
+        if cache is not None:
+            cache.advance(n_tokens)
+        return self.final_norm(x_BTD), statistics
+
+    def forward(
+        self,
+        input_ids_BT: Tensor,
+        targets_BT: Tensor | None = None,
+        cache: KVCache | None = None,
+        reduction: str = "mean",
+    ) -> ModelOutput:
+        """Logits, or with targets the loss: then the logits are never whole in memory.
+
+        Args:
+            input_ids_BT: (B, T) int64.
+            targets_BT: (B, T) int64, the token that follows each; -100 where none counts.
+            cache: appended to; the T tokens come after what it holds.
+            reduction: of the loss, ``mean``, ``sum`` or ``none`` (B, T).
+
+        Raises:
+            ValueError: more positions than the context, a target out of range.
+        """
+        x_BTD, statistics = self.hidden(input_ids_BT, cache)
+        logits = loss = None
+        if targets_BT is None:
+            logits = nn.functional.linear(x_BTD, self.output_weight)
+        else:
+            loss = linear_cross_entropy(
+                x_BTD.flatten(0, 1),
+                self.output_weight,
+                targets_BT.flatten(),
+                reduction=reduction,
+            )
+            if reduction == "none":
+                loss = loss.view_as(targets_BT)
+        if not statistics:
+            zero = x_BTD.new_zeros((), dtype=torch.float32)
+            counts = torch.zeros(0, 0, dtype=torch.int32, device=x_BTD.device)
+            return ModelOutput(logits, loss, zero, zero, counts)
+        balance, z, counts = (torch.stack(list(values)) for values in zip(*statistics, strict=True))
+        return ModelOutput(logits, loss, balance.mean(), z.mean(), counts)

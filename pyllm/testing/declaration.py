@@ -1,0 +1,196 @@
+"""One declaration per operation, read by its tests, gradient check, mutants and benchmark.
+
+An :class:`Operation` says what the inputs are, what comes out, how the backward is called and which
+sizes are hostile. An :class:`OpCase` is an operation at one choice of sizes. A :class:`Mutant` is a
+planted fault, by which the test itself is tested.
+"""
+
+import importlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyllm.testing.pairwise import pairwise
+
+Sizes = Mapping[str, Any]
+Arguments = dict[str, Any]
+Run = Callable[[Arguments], tuple[Tensor, ...]]
+
+
+class Draw:
+    """Random inputs of one dtype and device. The numbers are the same on every device.
+
+    Drawn in float64 on the CPU and rounded afterwards, so that two dtypes see the same problem.
+    """
+
+    def __init__(self, dtype: torch.dtype, device: str, seed: int) -> None:
+        self.dtype = dtype
+        self.device = device
+        self._generator = torch.Generator().manual_seed(seed)
+
+    @property
+    def wide_dtype(self) -> torch.dtype:
+        """float32, or float64 for float64: what tables, routing weights and losses are kept in."""
+        return torch.float64 if self.dtype == torch.float64 else torch.float32
+
+    def normal(self, *shape: int, scale: float = 1.0, wide: bool = False) -> Tensor:
+        """Normal numbers with standard deviation ``scale``."""
+        values = torch.randn(shape, generator=self._generator, dtype=torch.float64) * scale
+        return self.to(values, wide=wide)
+
+    def uniform(self, *shape: int) -> Tensor:
+        """Float64 numbers between 0 and 1 on the CPU, to compute inputs from."""
+        return torch.rand(shape, generator=self._generator, dtype=torch.float64)
+
+    def integers(self, high: int, *shape: int) -> Tensor:
+        """int64 in ``[0, high)``."""
+        return torch.randint(high, shape, generator=self._generator).to(self.device)
+
+    def to(self, values: Tensor, wide: bool = False) -> Tensor:
+        """Round float64 ``values`` to this dtype (or the wide one) on this device."""
+        return values.to(self.wide_dtype if wide else self.dtype).to(self.device)
+
+
+def _one(sizes: Sizes) -> float:
+    return 1.0
+
+
+def _nothing(sizes: Sizes) -> frozenset[str]:
+    return frozenset()
+
+
+@dataclass(frozen=True)
+class Output:
+    """One output of the forward."""
+
+    name: str
+    upstream: Callable[[Sizes], float] | None = _one
+    """Standard deviation of the random gradient fed into it; None where it is not differentiable.
+    A mean over N rows gets N, so that the gradient behind it is of order one."""
+    exact: bool = False
+    """Integers, compared exactly."""
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """A planted fault: ``change(run, arguments)`` calls the sound face and spoils its work.
+
+    ``run`` takes the arguments by name and returns a tuple; so does ``change``.
+    """
+
+    name: str
+    stage: str
+    """``forward`` or ``backward``: which of the two is spoilt."""
+    change: Callable[[Run, Arguments], tuple[Tensor, ...]]
+
+
+@dataclass(frozen=True, eq=False)
+class Operation:
+    """The declaration of one operation."""
+
+    name: str
+    inputs: Callable[[Sizes, Draw], Arguments]
+    """Inputs by name, in the order of ``<op>_forward``'s arguments."""
+    outputs: tuple[Output, ...]
+    gradients: tuple[str, ...]
+    """The inputs whose gradients ``<op>_backward`` returns, in its order."""
+    backward: tuple[str, ...]
+    """Arguments of ``<op>_backward``: ``d`` + an output, an input, or a saved output."""
+    call: Callable[[Callable[..., Any], Arguments, str | None], tuple[Tensor, ...]]
+    """Call the public door with these inputs and this face; its outputs as a tuple."""
+    door_outputs: tuple[str, ...]
+    """Which outputs the door hands out, in order."""
+    axes: Mapping[str, Sequence[Any]]
+    """Hostile values of each axis, combined pairwise."""
+    tiny: Sizes
+    """For gradcheck, opcheck and compilation."""
+    smoke: tuple[Sizes, ...]
+    """A few cases that a slow face (an interpreter) can afford, and that every mutant must fail."""
+    bench: Mapping[str, Sizes]
+    """Named sizes for the benchmark."""
+    work: Callable[[Sizes, int], tuple[float, float]]
+    """(floating-point operations, bytes that must move) of a forward, given the item size."""
+    mutants: tuple[Mutant, ...]
+    extra: tuple[Sizes, ...] = ()
+    """Single cases beyond the pairs: a long reduction, an empty input."""
+    resolve: Callable[[Sizes], Sizes] = dict
+    """Axes as drawn to sizes, e.g. a top-k that cannot exceed the number of experts."""
+    degenerate: Callable[[Sizes], frozenset[str]] = _nothing
+    """Outputs and gradients that are zero but for rounding at these sizes."""
+
+    def case(self, sizes: Sizes) -> "OpCase":
+        """This operation at ``sizes``."""
+        return OpCase(self, self.resolve(sizes))
+
+    @cached_property
+    def hostile_cases(self) -> tuple["OpCase", ...]:
+        """Pairwise over the axes, then the extra and the smoke cases; none twice."""
+        cases = [self.case(sizes) for sizes in (*pairwise(self.axes), *self.extra, *self.smoke)]
+        return tuple({case.label: case for case in cases}.values())
+
+    @cached_property
+    def smoke_cases(self) -> tuple["OpCase", ...]:
+        """The named subset for slow faces."""
+        return tuple(self.case(sizes) for sizes in self.smoke)
+
+    @property
+    def reference(self) -> ModuleType:
+        """The textbook face."""
+        return importlib.import_module(f"pyllm.reference.{self.name}")
+
+
+@dataclass(frozen=True, eq=False)
+class OpCase:
+    """An operation at one choice of sizes."""
+
+    operation: Operation
+    sizes: Sizes = field(default_factory=dict)
+
+    @property
+    def op(self) -> str:
+        """Name of the operation."""
+        return self.operation.name
+
+    @property
+    def label(self) -> str:
+        """Readable test id, such as ``N3-D31``."""
+        return "-".join(f"{axis}{size}" for axis, size in self.sizes.items())
+
+    def make_inputs(self, dtype: torch.dtype, device: str = "cpu", seed: int = 0) -> Arguments:
+        """Inputs by name; the same values for a seed whatever the device, rounded to ``dtype``."""
+        return self.operation.inputs(self.sizes, Draw(dtype, device, seed))
+
+
+def as_tuple(result: Any) -> tuple[Tensor, ...]:
+    """Faces with one output return a bare tensor."""
+    return tuple(result) if isinstance(result, (tuple, list)) else (result,)
+
+
+def mutate(operation: Operation, mutant: Mutant) -> SimpleNamespace:
+    """A face that is the reference with one planted fault."""
+    forward_name, backward_name = f"{operation.name}_forward", f"{operation.name}_backward"
+    functions = {
+        "forward": getattr(operation.reference, forward_name),
+        "backward": getattr(operation.reference, backward_name),
+    }
+    sound = functions[mutant.stage]
+
+    def spoilt(*values: Any) -> Any:
+        if mutant.stage == "backward":
+            names = operation.backward
+        else:
+            draw = Draw(torch.float32, "cpu", 0)
+            names = tuple(operation.inputs(operation.case(operation.tiny).sizes, draw))
+        arguments = dict(zip(names, values, strict=True))
+        outputs = mutant.change(lambda a: as_tuple(sound(*a.values())), arguments)
+        return outputs if len(outputs) > 1 else outputs[0]
+
+    functions[mutant.stage] = spoilt
+    return SimpleNamespace(
+        **{forward_name: functions["forward"], backward_name: functions["backward"]}
+    )

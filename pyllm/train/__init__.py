@@ -1,0 +1,43 @@
+"""Training: settings, optimisers, the loop, checkpoints, whole runs.
+
+Imported lazily, so that ``--help`` can be printed without torch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pyllm.train.config import TRAIN_PRESETS, DataConfig, RunConfig, TrainConfig
+    from pyllm.train.muon import Muon
+    from pyllm.train.run import RunResult, run_training
+    from pyllm.train.trainer import Trainer, TrainingError
+
+_HOMES = {
+    "TRAIN_PRESETS": "config",
+    "DataConfig": "config",
+    "RunConfig": "config",
+    "TrainConfig": "config",
+    "Muon": "muon",
+    "RunResult": "run",
+    "run_training": "run",
+    "Trainer": "trainer",
+    "TrainingError": "trainer",
+}
+
+__all__ = [
+    "TRAIN_PRESETS",
+    "DataConfig",
+    "Muon",
+    "RunConfig",
+    "RunResult",
+    "TrainConfig",
+    "Trainer",
+    "TrainingError",
+    "run_training",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)

@@ -1,0 +1,139 @@
+"""The settings of a training run, one frozen dataclass per concern. Needs no torch."""
+
+from dataclasses import dataclass, field, fields
+from typing import Annotated, Literal
+
+from tyro.conf import arg
+
+from pyllm.models.config import ModelConfig
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How to train: schedule, optimiser, precision. Everything is counted in steps.
+
+    Raises:
+        ValueError: a setting that cannot work.
+    """
+
+    max_steps: int = 1000
+    """Optimiser steps."""
+    batch_size: int = 32
+    """Sequences in a micro-batch."""
+    accumulation: int = 1
+    """Micro-batches in a step; their gradients are averaged."""
+    seq_len: int = 256
+    """Tokens in a sequence."""
+    optimizer: Literal["adamw", "muon"] = "muon"
+    """muon (matrices; AdamW for the rest) or adamw."""
+    learning_rate: float = 3e-3
+    """Peak learning rate."""
+    min_lr_ratio: float = 0.05
+    """Final learning rate as a share of the peak (cosine)."""
+    warmup_steps: int = 50
+    """Steps of linear warmup."""
+    weight_decay: float = 0.1
+    """Decoupled weight decay, on matrices only."""
+    beta1: float = 0.9
+    """AdamW's decay of the mean gradient."""
+    beta2: float = 0.95
+    """AdamW's decay of the mean squared gradient."""
+    grad_clip: float = 1.0
+    """Largest norm of the gradient; 0 for no clipping."""
+    balance_coef: float = 0.01
+    """Weight of the load-balancing loss (Switch Transformer's 1e-2)."""
+    z_coef: float = 0.001
+    """Weight of the router's z-loss (ST-MoE's 1e-3)."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Precision of the matrix products; auto: bfloat16 where it is fast, else float16 with loss
+    scaling on a GPU, else float32."""
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """Where to train; auto: cuda, then mps, then cpu."""
+    threads: int = 0
+    """CPU threads; 0 for PyTorch's choice."""
+    recompute: bool = False
+    """Keep only each block's input and compute the rest again in the backward: less memory."""
+    seed: int = 0
+    """Of the weights and of the order of the data."""
+    eval_every: int = 100
+    """Steps between evaluations on the fixed validation set."""
+    eval_tokens: int = 32_768
+    """Tokens of that set."""
+    save_every: int = 100
+    """Steps between checkpoints."""
+    sample_every: int = 200
+    """Steps between sample stories; 0 for none."""
+
+    def __post_init__(self) -> None:
+        least = {"max_steps": 1, "batch_size": 1, "accumulation": 1, "seq_len": 1}
+        least |= {"eval_every": 1, "eval_tokens": 1, "save_every": 1}
+        for item in fields(self):
+            value = getattr(self, item.name)
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                continue
+            minimum = least.get(item.name, 0)
+            if not value >= minimum or value == float("inf"):
+                raise ValueError(f"train.{item.name} must be at least {minimum}, got {value}")
+        if self.learning_rate == 0:
+            raise ValueError("train.learning_rate must be positive, got 0.0")
+        if not self.beta1 < 1 or not self.beta2 < 1 or not self.min_lr_ratio <= 1:
+            raise ValueError(
+                f"train.beta1 and beta2 must be below 1 and min_lr_ratio at most 1, got "
+                f"{self.beta1}, {self.beta2} and {self.min_lr_ratio}"
+            )
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens in one optimiser step."""
+        return self.batch_size * self.accumulation * self.seq_len
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """What to train on."""
+
+    data: str = ""
+    """Text to train on: .txt (stories end with a line <|endoftext|>), .jsonl, .parquet, or a
+    dataset of the hub such as roneneldan/TinyStories. Empty: the embedded stories."""
+    valid: str = ""
+    """Text to validate on; empty: 2% of the training documents are held out."""
+    tokenizer: str = ""
+    """A tokenizer.json, or a folder with one; empty: trained on the training text."""
+    n_stories: int = 20_000
+    """How many embedded stories to write."""
+    text_column: str = "text"
+    """The column of .jsonl, .parquet and hub data that holds the text."""
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """A whole run: the model, the data, the training."""
+
+    preset: str = "moe-tiny"
+    """Which model; its settings are the defaults of --model and --train."""
+    out: str = ""
+    """Run folder; empty: runs/<preset>-<date>-<time>."""
+    resume: str = ""
+    """A run folder to go on with; all other settings are read from it."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """The architecture."""
+    data: Annotated[DataConfig, arg(name="")] = field(default_factory=DataConfig)
+    """The text; its flags carry no prefix: --data FILE --valid FILE."""
+    train: TrainConfig = field(default_factory=TrainConfig)
+    """The training."""
+
+
+TRAIN_PRESETS: dict[str, TrainConfig] = {
+    "moe-tiny": TrainConfig(),
+    "moe-158m-gpt": TrainConfig(
+        max_steps=5000,
+        batch_size=4,
+        accumulation=8,
+        seq_len=512,
+        learning_rate=1e-3,
+        warmup_steps=200,
+        recompute=True,
+    ),
+}
+TRAIN_PRESETS["moe-158m"] = TRAIN_PRESETS["moe-158m-gpt"]
+TRAIN_PRESETS["dense-21m"] = TRAIN_PRESETS["moe-158m-gpt"]

@@ -1,0 +1,75 @@
+"""What suits this machine: device, precision, and how fast its matrix products are."""
+
+import time
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+
+from pyllm.train.config import TrainConfig
+
+
+def choose_device(wanted: str) -> torch.device:
+    """``auto``: cuda, then mps, then cpu.
+
+    Raises:
+        ValueError: the device is not available here.
+    """
+    available = {
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+        "cpu": True,
+    }
+    if wanted == "auto":
+        return torch.device(next(name for name, here in available.items() if here))
+    if not available[wanted]:
+        here = ", ".join(name for name, is_here in available.items() if is_here)
+        raise ValueError(f"train.device {wanted} is not available on this machine; here: {here}")
+    return torch.device(wanted)
+
+
+def choose_dtype(wanted: str, device: torch.device) -> torch.dtype:
+    """``auto``: bfloat16 where the hardware has it, float16 on older GPUs, else float32."""
+    if wanted != "auto":
+        dtype: torch.dtype = getattr(torch, wanted)
+        return dtype
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(False) else torch.float16
+    if device.type == "cpu" and _cpu_has_bfloat16():
+        return torch.bfloat16
+    return torch.float32
+
+
+def _cpu_has_bfloat16() -> bool:
+    # Without AVX512-BF16 (or AMX, which implies it) oneDNN widens bfloat16 first: slower than
+    # float32, not faster.
+    return bool(torch.cpu._is_avx512_bf16_supported())
+
+
+def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[object]:
+    """Matrix products in ``dtype``; nothing to do for float32."""
+    if dtype == torch.float32:
+        return nullcontext()
+    return torch.autocast(device.type, dtype=dtype)
+
+
+def matmul_peak(device: torch.device, dtype: torch.dtype, size: int = 2048) -> float:
+    """FLOP/s of a square matrix product, the best of five: what ``mfu`` is a share of.
+
+    (Model FLOPs utilisation, PaLM, arXiv:2204.02311, appendix B, but against the measured rather
+    than the advertised peak.)
+    """
+    a = torch.ones(size, size, device=device, dtype=dtype)
+    best = float("inf")
+    for _ in range(6):
+        start = time.perf_counter()
+        a @ a
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best
+
+
+def apply_threads(config: TrainConfig) -> None:
+    """Set the number of CPU threads of this process, if one was asked for."""
+    if config.threads:
+        torch.set_num_threads(config.threads)

@@ -1,0 +1,244 @@
+"""The training loop, on one screen: batch, forward, backward, clip, step, log, evaluate, save."""
+
+import math
+import random
+import time
+import warnings
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pyllm.data import PackedBatches, TokenFile
+from pyllm.evaluate import validation_loss
+from pyllm.generate import SamplingConfig, generate_text
+from pyllm.models import Transformer, count_flops
+from pyllm.tokenizers import Tokenizer
+from pyllm.train.checkpoint import Progress, load_checkpoint, save_checkpoint
+from pyllm.train.config import TrainConfig
+from pyllm.train.device import autocast, matmul_peak
+from pyllm.train.log import RunLog
+from pyllm.train.optimizer import learning_rate, make_optimizers
+
+MAX_BAD_STEPS_IN_A_ROW = 5
+DEAD_AFTER_STEPS = 50
+
+
+class TrainingError(ValueError):
+    """Training cannot go on: the message says why and what to change."""
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python's, NumPy's and PyTorch's generators."""
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def fixed_batches(file: TokenFile, config: TrainConfig) -> list[tuple[Tensor, Tensor]]:
+    """The same validation batches every time: about ``eval_tokens`` tokens of the file."""
+    batch_size = min(config.batch_size, max(len(file) // config.seq_len, 1))
+    batches = PackedBatches(file, batch_size, min(config.seq_len, len(file)), seed=0)
+    per_batch = batch_size * batches.seq_len
+    wanted = min(config.eval_tokens, len(file))
+    return [batches.batch(index) for index in range(max(wanted // per_batch, 1))]
+
+
+@dataclass
+class Trainer:
+    """A model in training.
+
+    Args:
+        model: on its device, in float32.
+        tokenizer: saved beside the weights, and used for sample stories.
+        train_file, valid_file: token files.
+        config: the settings.
+        folder: the run folder.
+        device: of the model.
+        dtype: of the matrix products.
+    """
+
+    model: Transformer
+    tokenizer: Tokenizer
+    train_file: TokenFile
+    valid_file: TokenFile
+    config: TrainConfig
+    folder: Path
+    device: torch.device
+    dtype: torch.dtype
+
+    def __post_init__(self) -> None:
+        config = self.config
+        self.model.recompute = config.recompute
+        self.batches = PackedBatches(
+            self.train_file, config.batch_size, config.seq_len, config.seed
+        )
+        self.valid_batches = fixed_batches(self.valid_file, config)
+        self.optimizers = make_optimizers(self.model, config)
+        self.scaler = torch.amp.GradScaler(
+            self.device.type, enabled=self.dtype == torch.float16 and self.device.type != "cpu"
+        )
+        self.progress = Progress()
+        self._bad_in_a_row = 0
+
+    def resume(self) -> None:
+        """Go on from the run folder's last checkpoint.
+
+        Raises:
+            ValueError: there is none, or it is damaged.
+        """
+        self.progress = load_checkpoint(
+            self.folder / "last", self.model, self.optimizers, self.scaler
+        )
+
+    def train(self, log: RunLog) -> Progress:
+        """Train up to ``max_steps``; afterwards ``last`` and ``best`` hold checkpoints.
+
+        Raises:
+            TrainingError: the gradient was not finite for several steps in a row.
+            KeyboardInterrupt: after saving ``last``.
+        """
+        config, progress = self.config, self.progress
+        flops = 3 * config.batch_size * config.accumulation
+        flops *= count_flops(self.model.config, config.seq_len).total
+        peak = matmul_peak(self.device, self.dtype)
+        self.model.train()
+        try:
+            while progress.step < config.max_steps:
+                started = time.perf_counter()
+                metrics = self.step(progress.step)
+                progress.step += 1
+                seconds = time.perf_counter() - started
+                progress.trained_seconds += seconds
+                metrics["tok_per_sec"] = config.tokens_per_step / seconds
+                metrics["mfu"] = flops / seconds / peak
+                last = progress.step == config.max_steps
+                if progress.step % config.eval_every == 0 or last:
+                    metrics["val_loss"] = self.validate()
+                log.row({"step": progress.step} | metrics)
+                if config.sample_every and progress.step % config.sample_every == 0 and not last:
+                    self.sample(log)
+                if metrics.get("val_loss", math.inf) < progress.best_val_loss:
+                    progress.best_val_loss = metrics["val_loss"]
+                    self.save("best", log)
+                if progress.step % config.save_every == 0 or last:
+                    self.save("last", log)
+        except KeyboardInterrupt:
+            self.save("last", log)
+            raise
+        return progress
+
+    def step(self, step: int) -> dict[str, Any]:
+        """One optimiser step; returns its metrics."""
+        config = self.config
+        rate = learning_rate(step, config)
+        totals = {"train_loss": 0.0, "balance_loss": 0.0, "z_loss": 0.0}
+        load: Tensor | None = None
+        for micro in range(config.accumulation):
+            inputs, targets = self.batches.batch(step * config.accumulation + micro)
+            with autocast(self.device, self.dtype):
+                output = self.model(inputs.to(self.device), targets.to(self.device))
+            assert output.loss is not None
+            loss = output.loss + config.balance_coef * output.balance_loss
+            loss = loss + config.z_coef * output.z_loss
+            self.scaler.scale(loss / config.accumulation).backward()
+            totals["train_loss"] += output.loss.item() / config.accumulation
+            totals["balance_loss"] += output.balance_loss.item() / config.accumulation
+            totals["z_loss"] += output.z_loss.item() / config.accumulation
+            counts = output.tokens_per_expert
+            load = counts if load is None else load + counts
+        grad_norm = self._update(rate)
+        metrics: dict[str, Any] = {**totals, "grad_norm": grad_norm, "lr": rate}
+        metrics["skipped_steps"] = self.progress.skipped_steps
+        if load is not None and load.numel():
+            metrics |= self._expert_load(load.cpu())
+        return metrics
+
+    def _update(self, rate: float) -> float:
+        """Clip and step; a gradient that is not finite is skipped and counted."""
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            self.scaler.unscale_(optimizer)
+        limit = self.config.grad_clip or math.inf
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit).item()
+        if math.isfinite(norm):
+            self._bad_in_a_row = 0
+            for optimizer in self.optimizers:
+                self.scaler.step(optimizer)
+        else:
+            self._count_bad_step(norm)
+        self.scaler.update()
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=True)
+        return norm
+
+    def _count_bad_step(self, norm: float) -> None:
+        self.progress.skipped_steps += 1
+        # Loss scaling finds its scale by overflowing: those steps are expected.
+        if self.scaler.is_enabled() and self.scaler.get_scale() > 1:
+            return
+        self._bad_in_a_row += 1
+        if self._bad_in_a_row >= MAX_BAD_STEPS_IN_A_ROW:
+            raise TrainingError(
+                f"the gradient was not finite ({norm}) for {self._bad_in_a_row} steps in a row, "
+                f"at step {self.progress.step}; lower --train.learning-rate or use "
+                "--train.dtype float32"
+            )
+
+    def _expert_load(self, load_LE: Tensor) -> dict[str, Any]:
+        share_LE = load_LE / load_LE.sum(-1, keepdim=True)
+        idle = self.progress.idle_steps or [[0] * load_LE.shape[1]] * load_LE.shape[0]
+        self.progress.idle_steps = [
+            [0 if used else steps + 1 for used, steps in zip(*layer, strict=True)]
+            for layer in zip(load_LE.tolist(), idle, strict=True)
+        ]
+        for layer, steps_E in enumerate(self.progress.idle_steps):
+            if DEAD_AFTER_STEPS in steps_E:
+                warnings.warn(
+                    f"MoE layer {layer + 1}: expert {steps_E.index(DEAD_AFTER_STEPS)} got no "
+                    f"token for {DEAD_AFTER_STEPS} steps; raise --train.balance-coef",
+                    stacklevel=2,
+                )
+        ratio = (share_LE.amax(-1) * share_LE.shape[1]).mean().item()
+        rounded = [[round(share, 5) for share in layer] for layer in share_LE.tolist()]
+        return {"expert_load_max_over_mean": ratio, "expert_load": rounded}
+
+    def validate(self) -> float:
+        """Loss on the fixed validation batches, in nats per token."""
+        return validation_loss(self.model, self.valid_batches, autocast(self.device, self.dtype))
+
+    def sample(self, log: RunLog) -> None:
+        """A short story, to the terminal and to ``samples.txt``."""
+        story = self.tell(max_new_tokens=60)
+        with (self.folder / "samples.txt").open("a", encoding="utf-8") as file:
+            file.write(f"--- step {self.progress.step}\n{story}\n")
+        log.say(f"step {self.progress.step}: {' '.join(story.split())} ...")
+
+    def tell(self, max_new_tokens: int, seed: int = 0) -> str:
+        """Generate a story from an empty context."""
+        sampling = SamplingConfig(
+            temperature=0.7, top_p=0.9, max_new_tokens=max_new_tokens, seed=seed
+        )
+        with autocast(self.device, self.dtype) if self.device.type != "cpu" else nullcontext():
+            story = generate_text(self.model, self.tokenizer, "", sampling)
+        self.model.train()
+        return story
+
+    def save(self, name: str, log: RunLog) -> None:
+        """Write the checkpoint ``last`` or ``best``."""
+        log.flush()
+        save_checkpoint(
+            self.folder / name,
+            self.model,
+            self.tokenizer,
+            self.optimizers,
+            self.scaler,
+            self.progress,
+        )
+
+

@@ -1,0 +1,5 @@
+"""Pictures of plain arrays; knows nothing of the rest of the house."""
+
+from pyllm.viz.training import plot_curves, plot_expert_load, plot_loss
+
+__all__ = ["plot_curves", "plot_expert_load", "plot_loss"]

@@ -1,0 +1,102 @@
+"""Pictures of a training run."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+
+def _figure(width: float = 8, height: float = 4.5, panels: int = 1) -> tuple[Figure, Any]:
+    # Figure rather than pyplot: no global state and no window system.
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(1, panels)
+    for axis in np.atleast_1d(axes):
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(alpha=0.25)
+    return figure, axes
+
+
+def _save(figure: Figure, path: Path) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    figure.savefig(temporary, format="png", dpi=120)
+    temporary.replace(path)
+
+
+def smoothed(values: Sequence[float], share: float = 0.02) -> np.ndarray[Any, Any]:
+    """Running mean over ``share`` of the run, so that the trend shows through the noise."""
+    array = np.asarray(values, dtype=float)
+    width = max(int(len(array) * share), 1)
+    total = np.cumsum(np.insert(array, 0, 0.0))
+    ends = np.arange(1, len(array) + 1)
+    starts = np.maximum(ends - width, 0)
+    mean: np.ndarray[Any, Any] = (total[ends] - total[starts]) / (ends - starts)
+    return mean
+
+
+def plot_loss(
+    path: Path,
+    steps: Sequence[int],
+    train_loss: Sequence[float],
+    val_steps: Sequence[int],
+    val_loss: Sequence[float],
+) -> None:
+    """Training loss (faint, and its running mean) and validation loss, in nats per token."""
+    figure, axis = _figure()
+    axis.plot(steps, train_loss, color="C0", alpha=0.25, linewidth=0.8)
+    axis.plot(steps, smoothed(train_loss), color="C0", label="train_loss (running mean)")
+    axis.plot(val_steps, val_loss, color="C1", marker="o", markersize=4, label="val_loss")
+    axis.set(xlabel="step", ylabel="cross-entropy (nats per token)", title="Loss")
+    # The first steps fall from ln(vocabulary): without this the rest of the curve is a flat line.
+    low = min([*train_loss, *val_loss])
+    axis.set_ylim(low * 0.95, float(np.percentile(train_loss, 97)) * 1.1)
+    axis.legend()
+    _save(figure, path)
+
+
+def plot_expert_load(
+    path: Path,
+    steps: Sequence[int],
+    load: Sequence[Sequence[Sequence[float]]],
+    max_over_mean: Sequence[float],
+) -> None:
+    """Each expert's share of the tokens over training, one panel a layer, and the imbalance.
+
+    Args:
+        path: of the PNG.
+        steps: step numbers.
+        load: (steps, layers, experts): shares that sum to one over the experts.
+        max_over_mean: the busiest expert's load over the mean, averaged over layers.
+    """
+    load_SLE = np.asarray(load)
+    n_layers, n_experts = load_SLE.shape[1:]
+    panels = min(n_layers, 6)
+    figure, axes = _figure(3 * (panels + 1), 3.4, panels + 1)
+    for layer, axis in zip(range(panels), axes, strict=False):
+        curves = [smoothed(load_SLE[:, layer, expert]) for expert in range(n_experts)]
+        axis.stackplot(steps, curves, alpha=0.85)
+        axis.set(title=f"layer {layer + 1}", xlabel="step", ylim=(0, 1))
+        axis.set_ylabel("share of the tokens" if layer == 0 else "")
+    axes[-1].plot(steps, smoothed(max_over_mean), color="black")
+    axes[-1].axhline(1.0, color="grey", linestyle=":", linewidth=1)
+    axes[-1].set(title="busiest expert / mean", xlabel="step")
+    _save(figure, path)
+
+
+def plot_curves(
+    path: Path,
+    curves: Mapping[str, tuple[Sequence[float], Sequence[float]]],
+    xlabel: str,
+    ylabel: str,
+    title: str,
+) -> None:
+    """Several named curves, ``name -> (x, y)``, in one picture."""
+    figure, axis = _figure()
+    for name, (x, y) in curves.items():
+        axis.plot(x, smoothed(y), label=name)
+    axis.set(xlabel=xlabel, ylabel=ylabel, title=title)
+    axis.legend()
+    _save(figure, path)

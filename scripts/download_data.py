@@ -1,0 +1,34 @@
+"""Fetches a data set as plain text: python scripts/download_data.py --name tinystories."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from pyllm._cli import run
+
+
+@dataclass
+class Config:
+    """Streams a data set from the Hugging Face hub into <out>/<name>/train.txt and valid.txt."""
+
+    name: Literal["tinystories", "openwebtext"] = "tinystories"
+    """Which data set; openwebtext is large, and --max-documents takes a part of it."""
+    max_documents: int | None = None
+    """Documents to take of the train split; by default all of tinystories, 100,000 of
+    openwebtext."""
+    out: Path = Path("data")
+    """Folder in which the folder <name> is made."""
+
+
+def main(config: Config) -> None:
+    """Downloads and reports."""
+    from pyllm.data.download import download
+
+    folder = config.out / config.name
+    counts = download(config.name, folder, config.max_documents)
+    for file, documents in counts.items():
+        print(f"{folder / file}: {documents:,} documents")
+
+
+if __name__ == "__main__":
+    run(main, Config)
