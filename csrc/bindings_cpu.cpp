@@ -34,6 +34,42 @@ void rms_norm_backward(int dtype, Address dy, Address x, Address weight, Address
    n_threads);
 }
 
+// How an argument of a kernel comes from Python: addresses and dtype codes are integers there.
+template <class T>
+struct FromPython {
+  using type = T;
+  static T convert(T value) { return value; }
+};
+template <>
+struct FromPython<const void*> {
+  using type = Address;
+  static const void* convert(Address address) { return in(address); }
+};
+template <>
+struct FromPython<void*> {
+  using type = Address;
+  static void* convert(Address address) { return out(address); }
+};
+template <>
+struct FromPython<pyllm::DType> {
+  using type = int;
+  static pyllm::DType convert(int code) { return dtype_of(code); }
+};
+
+// `pick` gives the kernel of the active instruction set, at each call.
+template <class Pick, class... Arguments>
+void define(py::module_& module, const char* name, Pick pick, void (*)(Arguments...)) {
+  module.def(
+      name,
+      [pick](typename FromPython<Arguments>::type... arguments) {
+        pick()(FromPython<Arguments>::convert(arguments)...);
+      },
+      py::call_guard<py::gil_scoped_release>());
+}
+
+#define PYLLM_DEFINE(name) \
+  define(module, #name, [] { return PYLLM_PICK(name); }, &::pyllm::baseline::name)
+
 }  // namespace
 
 PYBIND11_MODULE(_cpu, module) {
@@ -55,4 +91,18 @@ PYBIND11_MODULE(_cpu, module) {
   using ReleaseGil = py::call_guard<py::gil_scoped_release>;
   module.def("rms_norm_forward", &rms_norm_forward, ReleaseGil());
   module.def("rms_norm_backward", &rms_norm_backward, ReleaseGil());
+  PYLLM_DEFINE(sort_by_expert);
+  PYLLM_DEFINE(gather_rows);
+  PYLLM_DEFINE(moe_combine_forward);
+  PYLLM_DEFINE(moe_combine_backward);
+  PYLLM_DEFINE(moe_activation_forward);
+  PYLLM_DEFINE(moe_activation_backward);
+  PYLLM_DEFINE(route_topk_forward);
+  PYLLM_DEFINE(route_topk_backward);
+  PYLLM_DEFINE(rope);
+  PYLLM_DEFINE(cross_entropy_forward);
+  PYLLM_DEFINE(cross_entropy_backward);
+  PYLLM_DEFINE(accumulate);
+  PYLLM_DEFINE(pack_heads);
+  PYLLM_DEFINE(unpack_heads);
 }

@@ -6,6 +6,7 @@
 import importlib.metadata
 import os
 import platform
+import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -114,12 +115,8 @@ def openmp_runtimes() -> list[str] | None:
         maps = Path("/proc/self/maps").read_text(encoding="utf-8")
     except OSError:
         return None
-    paths = {line.split(maxsplit=5)[5] for line in maps.splitlines() if line.count(" ") >= 5}
-    return sorted(
-        path.strip()
-        for path in paths
-        if Path(path.strip()).name.startswith(("libgomp", "libiomp", "libomp"))
-    )
+    paths = set(re.findall(r"\s(/.*/lib[gi]?omp[^/\n]*)$", maps, re.MULTILINE))
+    return sorted(paths)
 
 
 def bf16_speedup(device: "torch.device") -> float:
@@ -185,6 +182,9 @@ def kernels() -> list[Finding]:
             ),
             Finding("parallel loops", extension.parallel_backend()),
         ]
+    # What brings the runtime; cpu_extension() has imported it only where there is an extension.
+    import torch  # noqa: F401
+
     runtimes = openmp_runtimes()
     if runtimes is not None:
         remedy = "two runtimes fight for the cores; see which package brings the second"
@@ -291,8 +291,8 @@ def main() -> None:
             findings = [Finding("could not look", f"{type(error).__name__}: {error}")]
         table = Table(title=title, title_justify="left", expand=False)
         table.add_column("item", no_wrap=True)
-        table.add_column("found")
-        table.add_column("what to do")
+        table.add_column("found", overflow="fold")
+        table.add_column("what to do", overflow="fold")
         for finding in findings:
             # Text, not str: a path with brackets in it is not markup.
             table.add_row(Text(finding.item), Text(finding.found), Text(finding.remedy))

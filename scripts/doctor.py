@@ -1,4 +1,4 @@
-"""Says what is installed, what runs here and what to do about the rest: python scripts/doctor.py."""
+"""Says what is installed, what runs here and what to do: python scripts/doctor.py."""
 
 import argparse
 

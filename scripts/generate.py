@@ -98,9 +98,7 @@ def tell(config: Config, model: Transformer, tokenizer: Tokenizer, prompt: str) 
         show_experts(config.expert_layer, model, tokenizer, ids + new)
 
 
-def show_experts(
-    layer: int, model: Transformer, tokenizer: Tokenizer, ids: list[int]
-) -> None:
+def show_experts(layer: int, model: Transformer, tokenizer: Tokenizer, ids: list[int]) -> None:
     """Prints a text with the expert that weighed most in the writing of each token."""
     from rich.console import Console
     from rich.text import Text

@@ -1,5 +1,6 @@
 """Trains a byte-level BPE tokenizer: python scripts/train_tokenizer.py --data train.txt."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,7 +29,7 @@ def main(config: Config) -> None:
 
     n_documents = n_bytes = 0
 
-    def counted():
+    def counted() -> Iterator[str]:
         nonlocal n_documents, n_bytes
         for text in read_texts(config.data, text_column=config.text_column):
             n_documents += 1

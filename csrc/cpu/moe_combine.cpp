@@ -26,24 +26,24 @@ void forward(const Storage* rows, const Wide<Storage>* weights, const std::int32
   using W = Wide<Storage>;
   parallel_for(n_tokens, rows_per_range(top_k * width), n_threads,
                [=](std::int64_t begin, std::int64_t end) {
-    W sum[kTile];
-    for (std::int64_t token = begin; token < end; ++token) {
-      for (std::int64_t start = 0; start < width; start += kTile) {
-        const std::int64_t n = width - start < kTile ? width - start : kTile;
-        for (std::int64_t i = 0; i < n; ++i) sum[i] = 0;
-        for (std::int64_t a = 0; a < top_k; ++a) {
-          const std::int64_t slot = token * top_k + a;
-          const W weight = weights == nullptr ? W(1) : weights[slot];
-          const Storage* __restrict row = rows + position[slot] * width + start;
+                 W sum[kTile];
+                 for (std::int64_t token = begin; token < end; ++token) {
+                   for (std::int64_t start = 0; start < width; start += kTile) {
+                     const std::int64_t n = width - start < kTile ? width - start : kTile;
+                     for (std::int64_t i = 0; i < n; ++i) sum[i] = 0;
+                     for (std::int64_t a = 0; a < top_k; ++a) {
+                       const std::int64_t slot = token * top_k + a;
+                       const W weight = weights == nullptr ? W(1) : weights[slot];
+                       const Storage* __restrict row = rows + position[slot] * width + start;
 #pragma omp simd
-          for (std::int64_t i = 0; i < n; ++i) sum[i] += weight * widen(row[i]);
-        }
-        Storage* __restrict out = y + token * width + start;
+                       for (std::int64_t i = 0; i < n; ++i) sum[i] += weight * widen(row[i]);
+                     }
+                     Storage* __restrict out = y + token * width + start;
 #pragma omp simd
-        for (std::int64_t i = 0; i < n; ++i) out[i] = narrow<Storage>(sum[i]);
-      }
-    }
-  });
+                     for (std::int64_t i = 0; i < n; ++i) out[i] = narrow<Storage>(sum[i]);
+                   }
+                 }
+               });
 }
 
 template <class Storage>
@@ -53,22 +53,22 @@ void backward(const Storage* dy, const Storage* rows, const Wide<Storage>* weigh
   using W = Wide<Storage>;
   parallel_for(n_tokens, rows_per_range(2 * top_k * width), n_threads,
                [=](std::int64_t begin, std::int64_t end) {
-    for (std::int64_t slot = begin * top_k; slot < end * top_k; ++slot) {
-      const std::int64_t at = position[slot] * width;
-      const Storage* __restrict dy_row = dy + slot / top_k * width;
-      const Storage* __restrict row = rows + at;
-      Storage* __restrict drow = drows + at;
-      const W weight = weights[slot];
-      W dot = 0;
+                 for (std::int64_t slot = begin * top_k; slot < end * top_k; ++slot) {
+                   const std::int64_t at = position[slot] * width;
+                   const Storage* __restrict dy_row = dy + slot / top_k * width;
+                   const Storage* __restrict row = rows + at;
+                   Storage* __restrict drow = drows + at;
+                   const W weight = weights[slot];
+                   W dot = 0;
 #pragma omp simd reduction(+ : dot)
-      for (std::int64_t i = 0; i < width; ++i) {
-        const W dy_i = widen(dy_row[i]);
-        dot += dy_i * widen(row[i]);
-        drow[i] = narrow<Storage>(weight * dy_i);
-      }
-      dweights[slot] = dot;
-    }
-  });
+                   for (std::int64_t i = 0; i < width; ++i) {
+                     const W dy_i = widen(dy_row[i]);
+                     dot += dy_i * widen(row[i]);
+                     drow[i] = narrow<Storage>(weight * dy_i);
+                   }
+                   dweights[slot] = dot;
+                 }
+               });
 }
 
 }  // namespace

@@ -66,22 +66,22 @@ void fill_zero(Storage* row, std::int64_t width) {
 template <class Activation, class Storage>
 void forward(const Storage* pre, Storage* h, std::int64_t n_rows, std::int64_t n_padded,
              std::int64_t width, int n_threads) {
-  parallel_for(n_padded, rows_per_range(width), n_threads,
-               [=](std::int64_t begin, std::int64_t end) {
-    for (std::int64_t row = begin; row < end; ++row) {
-      Storage* __restrict h_row = h + row * width;
-      if (row >= n_rows) {
-        fill_zero(h_row, width);
-        continue;
-      }
-      const Storage* __restrict first = pre + row * Activation::columns * width;
-      const Storage* __restrict last = first + (Activation::columns - 1) * width;
+  parallel_for(
+      n_padded, rows_per_range(width), n_threads, [=](std::int64_t begin, std::int64_t end) {
+        for (std::int64_t row = begin; row < end; ++row) {
+          Storage* __restrict h_row = h + row * width;
+          if (row >= n_rows) {
+            fill_zero(h_row, width);
+            continue;
+          }
+          const Storage* __restrict first = pre + row * Activation::columns * width;
+          const Storage* __restrict last = first + (Activation::columns - 1) * width;
 #pragma omp simd
-      for (std::int64_t i = 0; i < width; ++i) {
-        h_row[i] = narrow<Storage>(Activation::hidden(widen(first[i]), widen(last[i])));
-      }
-    }
-  });
+          for (std::int64_t i = 0; i < width; ++i) {
+            h_row[i] = narrow<Storage>(Activation::hidden(widen(first[i]), widen(last[i])));
+          }
+        }
+      });
 }
 
 // One row. `dh` is not yet weighted. Returns <dh, h>, the gradient of the routing weight.
@@ -112,20 +112,20 @@ void backward(const Storage* dh, const Storage* pre, const Wide<Storage>* weight
               Wide<Storage>* dweights, std::int64_t n_rows, std::int64_t n_padded,
               std::int64_t width, int n_threads) {
   constexpr std::int64_t columns = Activation::columns;
-  parallel_for(n_padded, rows_per_range(width), n_threads,
-               [=](std::int64_t begin, std::int64_t end) {
-    for (std::int64_t row = begin; row < end; ++row) {
-      const std::int64_t at = row * width;
-      if (row >= n_rows) {
-        fill_zero(weighted_h + at, width);
-        fill_zero(dpre + columns * at, columns * width);
-        continue;
-      }
-      const std::int32_t slot = order[row];
-      dweights[slot] = backward_row<Activation>(dh + at, pre + columns * at, weights[slot],
-                                                weighted_h + at, dpre + columns * at, width);
-    }
-  });
+  parallel_for(
+      n_padded, rows_per_range(width), n_threads, [=](std::int64_t begin, std::int64_t end) {
+        for (std::int64_t row = begin; row < end; ++row) {
+          const std::int64_t at = row * width;
+          if (row >= n_rows) {
+            fill_zero(weighted_h + at, width);
+            fill_zero(dpre + columns * at, columns * width);
+            continue;
+          }
+          const std::int32_t slot = order[row];
+          dweights[slot] = backward_row<Activation>(dh + at, pre + columns * at, weights[slot],
+                                                    weighted_h + at, dpre + columns * at, width);
+        }
+      });
 }
 
 }  // namespace
@@ -148,8 +148,8 @@ void moe_activation_backward(DType dtype, bool gated, const void* dh, const void
     using W = Wide<S>;
     const auto run = gated ? backward<SwiGlu, S> : backward<Gelu, S>;
     run(static_cast<const S*>(dh), static_cast<const S*>(pre), static_cast<const W*>(weights),
-        static_cast<const std::int32_t*>(order), static_cast<S*>(weighted_h),
-        static_cast<S*>(dpre), static_cast<W*>(dweights), n_rows, n_padded, width, n_threads);
+        static_cast<const std::int32_t*>(order), static_cast<S*>(weighted_h), static_cast<S*>(dpre),
+        static_cast<W*>(dweights), n_rows, n_padded, width, n_threads);
   });
 }
 

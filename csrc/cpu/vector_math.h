@@ -1,8 +1,8 @@
 // exp and sigmoid that the compiler vectorises: no branch, no table, no library call in float.
 //
-// A loop with a call to expf in it stays scalar, about ten times slower. Relative error of the float
-// exp: below 1e-7 (a degree-6 polynomial on half an octave, as in Cephes' expf). inf, -inf and
-// NaN give what std::exp gives; results below the normal range are rounded like any other.
+// A loop with a call to expf in it stays scalar, about ten times slower. Relative error of the
+// float exp: below 1e-7 (a degree-6 polynomial on half an octave, as in Cephes' expf). inf, -inf
+// and NaN give what std::exp gives; results below the normal range are rounded like any other.
 #pragma once
 
 #include <cmath>
@@ -13,7 +13,8 @@
 namespace pyllm::PYLLM_ISA {
 
 inline float exp_of(float x) {
-  // Beyond these the result is inf or 0 whatever the digits; a NaN fails both comparisons and stays.
+  // Beyond these the result is inf or 0 whatever the digits; a NaN fails both comparisons and
+  // stays.
   x = x > 89.0f ? 89.0f : x;
   x = x < -105.0f ? -105.0f : x;
   // Adding 1.5 * 2^23 rounds to an integer, which then stands in the low bits.

@@ -42,9 +42,7 @@ class DecodeTimes:
 
 
 @torch.inference_mode()
-def time_decode(
-    model: Transformer, batch: int, prompt_tokens: int, new_tokens: int
-) -> DecodeTimes:
+def time_decode(model: Transformer, batch: int, prompt_tokens: int, new_tokens: int) -> DecodeTimes:
     """Prefill random tokens, then write greedily; the first run is a warm-up and not counted.
 
     Raises:
@@ -70,9 +68,7 @@ def time_decode(
     return DecodeTimes(batch, prompt_tokens, prefill, tuple(steps))
 
 
-def _run(
-    model: Transformer, prompt_BT: torch.Tensor, new_tokens: int
-) -> tuple[float, list[float]]:
+def _run(model: Transformer, prompt_BT: torch.Tensor, new_tokens: int) -> tuple[float, list[float]]:
     cache = model.new_cache(prompt_BT.shape[0], prompt_BT.shape[1] + new_tokens)
     clocks = [_clock(prompt_BT.device)]
     ids_BT = prompt_BT

@@ -66,11 +66,15 @@ class ModelConfig:
                     )
             elif field.type is int or field.name == "window":
                 self._check_size(field.name, value)
-        if not self.norm_eps > 0 or not self.rope_theta > 0:
-            raise ValueError(
-                f"ModelConfig: norm_eps and rope_theta must be positive, "
-                f"got {self.norm_eps} and {self.rope_theta}"
-            )
+            elif field.type is bool:
+                if not isinstance(value, bool):
+                    raise ValueError(
+                        f"ModelConfig: {field.name} must be true or false, got {value!r}"
+                    )
+            elif not isinstance(value, int | float) or not 0 < value < float("inf"):
+                raise ValueError(
+                    f"ModelConfig: {field.name} must be a positive number, got {value!r}"
+                )
         if self.d_model % self.n_heads:
             raise ValueError(
                 f"ModelConfig: d_model ({self.d_model}) must be a multiple of n_heads "

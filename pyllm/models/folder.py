@@ -85,8 +85,7 @@ def write_model(folder: Path, model: Transformer, tokenizer: Tokenizer) -> None:
     }
     _write_json(
         folder / "config.json",
-        {"model_type": "pyllm", "tokenizer_hash": tokenizer.hash, **special}
-        | asdict(model.config),
+        {"model_type": "pyllm", "tokenizer_hash": tokenizer.hash, **special} | asdict(model.config),
     )
     tokenizer.save(folder / "tokenizer.json")
     _write_json(
@@ -205,9 +204,7 @@ def _open_tensors(path: Path) -> Iterator[Any]:
 
 def _read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
-        raise ValueError(
-            f"{path}: no such file; expected a model folder, such as runs/<name>/best"
-        )
+        raise ValueError(f"{path}: no such file; expected a model folder, such as runs/<name>/best")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:

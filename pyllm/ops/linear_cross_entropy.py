@@ -61,9 +61,7 @@ def linear_cross_entropy(
         x, weight = x.to(dtype), weight.to(dtype)
     check_same_dtype("linear_cross_entropy", x=x, weight=weight)
     chosen = choose_face("linear_cross_entropy", x.device.type, face)
-    loss, _ = torch.ops.pyllm.linear_cross_entropy_forward(
-        x, weight, targets, ignore_index, chosen
-    )
+    loss, _ = torch.ops.pyllm.linear_cross_entropy_forward(x, weight, targets, ignore_index, chosen)
     if reduction == "none":
         return loss
     if reduction == "sum":
@@ -106,8 +104,7 @@ def _gradient(ctx, dloss, _dlse):  # type: ignore[no-untyped-def]
 register(
     "linear_cross_entropy",
     forward=(
-        "(Tensor x, Tensor weight, Tensor targets, int ignore_index, str face)"
-        " -> (Tensor, Tensor)"
+        "(Tensor x, Tensor weight, Tensor targets, int ignore_index, str face) -> (Tensor, Tensor)"
     ),
     backward=(
         "(Tensor dloss, Tensor x, Tensor weight, Tensor targets, Tensor lse, int ignore_index,"

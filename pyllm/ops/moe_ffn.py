@@ -117,9 +117,7 @@ def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
 
 
 def _gradient(ctx, dy, *_):  # type: ignore[no-untyped-def]
-    gradients = torch.ops.pyllm.moe_ffn_backward(
-        dy, *ctx.saved_tensors, ctx.activation, ctx.face
-    )
+    gradients = torch.ops.pyllm.moe_ffn_backward(dy, *ctx.saved_tensors, ctx.activation, ctx.face)
     return *gradients, None, None, None
 
 

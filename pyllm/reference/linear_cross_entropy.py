@@ -1,12 +1,14 @@
 r"""The output projection and the cross-entropy in one, without ever holding all the logits.
 
-.. math:: \ell_n = \log\textstyle\sum_v e^{z_{nv}} - z_{n,t_n}, \qquad z_{nv} = \langle x_n, w_v\rangle
+.. math:: \ell_n = \log\textstyle\sum_v e^{z_{nv}} - z_{n,t_n}, \qquad
+          z_{nv} = \langle x_n, w_v\rangle
 
 A model with 50,257 words and 4,096 tokens has 0.8 GB of logits, and as much again of gradient. So
 rows are taken ``CHUNK`` at a time, the log-sum-exp is kept, and the backward computes each chunk of
 logits once more (Cut Cross-Entropy, arXiv:2411.09009, keeps as little):
 
-.. math:: dz_{nv} = d\ell_n\,(e^{z_{nv} - lse_n} - [v = t_n]), \qquad dx = dz\,W, \qquad dW = dz^\top x
+.. math:: dz_{nv} = d\ell_n\,(e^{z_{nv} - lse_n} - [v = t_n]), \qquad
+          dx = dz\,W, \qquad dW = dz^\top x
 
 The loss is per row, so that a policy gradient can weight each token on its own.
 """

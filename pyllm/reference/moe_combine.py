@@ -1,7 +1,8 @@
 r"""Combine: each token's output is the weighted sum of its experts' rows.
 
 .. math:: y_n = \textstyle\sum_a w_{na}\, y'_{position_{na}}, \qquad
-          dy'_{position_{na}} = w_{na}\, dy_n, \qquad dw_{na} = \langle dy_n, y'_{position_{na}}\rangle
+          dy'_{position_{na}} = w_{na}\, dy_n, \qquad
+          dw_{na} = \langle dy_n, y'_{position_{na}}\rangle
 """
 
 import torch

@@ -1,4 +1,4 @@
-r"""RMSNorm: scale each row to unit root mean square (Zhang & Sennrich 2019, arXiv:1910.07467, eq. 4).
+r"""RMSNorm: rows scaled to unit root mean square (Zhang & Sennrich 2019, arXiv:1910.07467, eq. 4).
 
 .. math:: y_i = x_i \, r \, w_i, \qquad r = \frac{1}{\sqrt{\frac{1}{D}\sum_j x_j^2 + \epsilon}}
 
@@ -29,9 +29,7 @@ def rms_norm_forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Ten
     return y.to(x.dtype), rstd
 
 
-def rms_norm_backward(
-    dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor
-) -> tuple[Tensor, Tensor]:
+def rms_norm_backward(dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
     """Return ``(dx, dweight)`` in the dtypes of ``x`` and ``weight``."""
     wide = rstd.dtype
     dy_wide = dy.to(wide)

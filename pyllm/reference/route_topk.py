@@ -1,7 +1,7 @@
 r"""Top-k routing: router logits to the experts of each token, their weights, and two statistics.
 
 With :math:`p = \mathrm{softmax}(z)` over the E experts and the ``A`` largest kept (ties: the lower
-index first), the weights are renormalised to sum to one, as in Mixtral (arXiv:2401.04088, sec. 2.1):
+index first), the weights are renormalised to sum to one (Mixtral, arXiv:2401.04088, sec. 2.1):
 
 .. math:: w_{na} = p_{n,e_{na}} \Big/ \textstyle\sum_b p_{n,e_{nb}}
 

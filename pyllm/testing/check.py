@@ -1,6 +1,6 @@
 """Run a face or a door on a case and hold every tensor it returns to the error budget."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -69,31 +69,43 @@ def _upstreams(case: OpCase, outputs: Values, seed: int) -> dict[str, Tensor]:
     }
 
 
-def run_face(
-    case: OpCase, face: Any, inputs: Arguments, upstreams: Values | None = None, seed: int = 0
-) -> Result:
-    """Forward, then backward on what that forward saved; ``face`` has ``<op>_forward`` and so on.
+def run_forward(case: OpCase, face: Any, inputs: Arguments) -> dict[str, Tensor]:
+    """The outputs of ``<op>_forward`` by name.
 
     Raises:
-        Mismatch: the face returns another number of outputs or gradients than declared.
+        Mismatch: the face returns another number of outputs than declared.
     """
-    operation = case.operation
-    names = tuple(output.name for output in operation.outputs)
-    values = as_tuple(getattr(face, f"{case.op}_forward")(*inputs.values()))
-    if len(values) != len(names):
-        raise Mismatch(f"{case.op}_forward returns {len(values)} tensors, expected {len(names)}")
-    outputs = dict(zip(names, values, strict=True))
-    if upstreams is None:
-        upstreams = _upstreams(case, outputs, seed)
+    names = [output.name for output in case.operation.outputs]
+    return _named(f"{case.op}_forward", names, getattr(face, f"{case.op}_forward"), inputs.values())
+
+
+def run_backward(
+    case: OpCase, face: Any, inputs: Arguments, outputs: Values, upstreams: Values
+) -> dict[str, Tensor]:
+    """The gradients of ``<op>_backward`` by input, given what a forward saved.
+
+    Raises:
+        Mismatch: the face returns another number of gradients than declared.
+    """
     known = {**outputs, **inputs, **upstreams}
-    arguments = [known[name] for name in operation.backward]
-    values = as_tuple(getattr(face, f"{case.op}_backward")(*arguments))
-    if len(values) != len(operation.gradients):
-        raise Mismatch(
-            f"{case.op}_backward returns {len(values)} tensors, "
-            f"expected {len(operation.gradients)}"
-        )
-    return Result(outputs, dict(zip(operation.gradients, values, strict=True)))
+    arguments = [known[name] for name in case.operation.backward]
+    function = getattr(face, f"{case.op}_backward")
+    return _named(f"{case.op}_backward", case.operation.gradients, function, arguments)
+
+
+def run_face(case: OpCase, face: Any, inputs: Arguments, upstreams: Values) -> Result:
+    """Forward, then backward; ``face`` has ``<op>_forward`` and ``<op>_backward``."""
+    outputs = run_forward(case, face, inputs)
+    return Result(outputs, run_backward(case, face, inputs, outputs, upstreams))
+
+
+def _named(
+    what: str, names: Sequence[str], function: Callable[..., Any], arguments: Iterable[Any]
+) -> dict[str, Tensor]:
+    values = as_tuple(function(*arguments))
+    if len(values) != len(names):
+        raise Mismatch(f"{what} returns {len(values)} tensors, expected {len(names)}")
+    return dict(zip(names, values, strict=True))
 
 
 @lru_cache(maxsize=64)
@@ -103,42 +115,47 @@ def expectations(
     """(reference in ``dtype``, reference in float64, upstream gradients in ``dtype``)."""
     inputs = case.make_inputs(dtype, device, seed)
     reference = case.operation.reference
-    forward = as_tuple(getattr(reference, f"{case.op}_forward")(*inputs.values()))
-    names = [output.name for output in case.operation.outputs]
-    upstreams = _upstreams(case, dict(zip(names, forward, strict=True)), seed)
+    upstreams = _upstreams(case, run_forward(case, reference, inputs), seed)
     plain = run_face(case, reference, inputs, upstreams)
     wide_inputs = {name: widen(value) for name, value in inputs.items()}
     wide_upstreams = {name: widen(value) for name, value in upstreams.items()}
     return plain, run_face(case, reference, wide_inputs, wide_upstreams), upstreams
 
 
-def judge(case: OpCase, got: Result, plain: Result, truth: Result, dtype: torch.dtype) -> None:
-    """Compare what ``got`` holds (a door shows fewer outputs) by the rules of the declaration.
+def judge_outputs(
+    case: OpCase, got: Values, plain: Result, truth: Result, dtype: torch.dtype
+) -> None:
+    """Compare the outputs that ``got`` holds (a door shows fewer than a face).
 
     Raises:
         Mismatch: an integer differs, or a tensor is over its budget.
     """
     degenerate = case.operation.degenerate(case.sizes)
-    where = f"{case.op}[{case.label}] "
     for output in case.operation.outputs:
-        name = output.name
-        if name not in got.outputs:
+        if output.name not in got:
             continue
+        where = f"{case.op}[{case.label}] {output.name}"
+        value, expected = got[output.name], truth.outputs[output.name]
         if output.exact:
-            compare_exactly(where + name, got.outputs[name], truth.outputs[name])
-            continue
-        compare(
-            where + name,
-            got.outputs[name],
-            plain.outputs[name],
-            truth.outputs[name],
-            dtype,
-            degenerate=name in degenerate,
-        )
+            compare_exactly(where, value, expected)
+        else:
+            small = output.name in degenerate
+            compare(where, value, plain.outputs[output.name], expected, dtype, degenerate=small)
+
+
+def judge_gradients(
+    case: OpCase, got: Values, plain: Result, truth: Result, dtype: torch.dtype
+) -> None:
+    """Compare every named gradient.
+
+    Raises:
+        Mismatch: a gradient is over its budget.
+    """
+    degenerate = case.operation.degenerate(case.sizes)
     for name in case.operation.gradients:
         compare(
-            f"{where}d{name}",
-            got.gradients[name],
+            f"{case.op}[{case.label}] d{name}",
+            got[name],
             plain.gradients[name],
             truth.gradients[name],
             dtype,
@@ -159,11 +176,15 @@ def check_face(
     inputs = case.make_inputs(dtype, device, seed)
     kept = {name: _copy(value) for name, value in inputs.items()}
     with poisoned_memory():
-        got = run_face(case, face, inputs, upstreams)
+        outputs = run_forward(case, face, inputs)
+    # Before the backward: with a wrong permutation saved, it could write anywhere.
+    judge_outputs(case, outputs, plain, truth, dtype)
+    with poisoned_memory():
+        gradients = run_backward(case, face, inputs, outputs, upstreams)
     for name, value in inputs.items():
         if isinstance(value, Tensor) and not torch.equal(value, kept[name]):
             raise Mismatch(f"{case.op}[{case.label}] the face writes to its input {name}")
-    judge(case, got, plain, truth, dtype)
+    judge_gradients(case, gradients, plain, truth, dtype)
 
 
 def _copy(value: Any) -> Any:
@@ -216,7 +237,8 @@ def check_door(
     upstreams = {name: change(value) for name, value in upstreams.items()}
     with poisoned_memory():
         got = run_door(case, door, face, inputs, upstreams)
-    judge(case, got, plain, truth, dtype)
+    judge_outputs(case, got.outputs, plain, truth, dtype)
+    judge_gradients(case, got.gradients, plain, truth, dtype)
 
 
 def survivors(cases: tuple[OpCase, ...], mutant: Mutant, dtype: torch.dtype) -> list[str]:

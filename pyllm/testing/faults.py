@@ -30,6 +30,19 @@ def returned(name: str, stage: str, index: int, change: Change) -> Mutant:
     return Mutant(name, stage, spoil)
 
 
+def partly(
+    name: str, stage: str, index: int, argument: str, change: Callable[..., object]
+) -> Mutant:
+    """Result number ``index`` alone is computed from a spoilt argument: one term is wrong."""
+
+    def spoil(run: Run, a: Arguments) -> tuple[Tensor, ...]:
+        results = list(run(a))
+        results[index] = run({**a, argument: change(a[argument])})[index]
+        return tuple(results)
+
+    return Mutant(name, stage, spoil)
+
+
 def all_zeros(stage: str) -> Mutant:
     """Every result is zero."""
     return Mutant(

@@ -11,9 +11,7 @@ def rms_norm_forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Ten
     return y, rstd.squeeze(-1).to(wide)
 
 
-def rms_norm_backward(
-    dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor
-) -> tuple[Tensor, Tensor]:
+def rms_norm_backward(dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
     """See :func:`pyllm.reference.rms_norm.rms_norm_backward`."""
     dx, dweight = torch.ops.aten._fused_rms_norm_backward(
         dy, x, [x.shape[-1]], rstd.unsqueeze(-1), weight.to(x.dtype), [True, True]

@@ -88,7 +88,7 @@ def load_checkpoint(
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         with safe_open(path.with_name("optimizer.safetensors"), framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         load_weights(model, folder / "model.safetensors")
         _unpack_optimizers(optimizers, tensors, content["optimizers"])
         scaler.load_state_dict(content["scaler"])

@@ -33,7 +33,7 @@ class RunLog:
         self._console = console
         keep_rows(self._path, start_step)
         self._file = self._path.open("a", encoding="utf-8")
-        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=start_step)
+        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=start_step + 1)
         self._bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -44,9 +44,7 @@ class RunLog:
             console=console,
             disable=not console.is_terminal,
         )
-        self._task = self._bar.add_task(
-            "training", total=max_steps, completed=start_step, state=""
-        )
+        self._task = self._bar.add_task("training", total=max_steps, completed=start_step, state="")
 
     def __enter__(self) -> "RunLog":
         self._bar.start()

@@ -46,7 +46,5 @@ def make_optimizers(model: nn.Module, config: TrainConfig) -> list[Optimizer]:
         )
     ]
     if muon:
-        optimizers.append(
-            Muon(muon, lr=config.learning_rate, weight_decay=config.weight_decay)
-        )
+        optimizers.append(Muon(muon, lr=config.learning_rate, weight_decay=config.weight_decay))
     return optimizers

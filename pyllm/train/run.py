@@ -130,15 +130,25 @@ def documents(data: DataConfig, seed: int, split: str) -> Iterable[str]:
         n = data.n_stories if split == "train" else VALID_STORIES
         return write_stories(n, seed, split)
     if data.valid:
-        return read_texts(data.data if split == "train" else data.valid, None, True, data.text_column)
+        return read_texts(
+            data.data if split == "train" else data.valid, None, True, data.text_column
+        )
     parts = split_documents(read_texts(data.data, None, True, data.text_column), VALID_SHARE, seed)
     return parts[0] if split == "train" else parts[1]
 
 
 def prepare_text(config: RunConfig, folder: Path) -> Text:
-    """Find or train the tokenizer; a resumed run reads the one it began with."""
+    """Find or train the tokenizer; a resumed run reads the one it began with, if it got so far.
+
+    Raises:
+        ValueError: data that is not there, before any time is spent on the rest.
+    """
+    if config.data.valid:
+        if not config.data.data:
+            raise ValueError("--valid is given without --data: give the training text too")
+        documents(config.data, config.train.seed, "valid")  # refuses a file that is not there
     saved = folder / "tokens" / "tokenizer.json"
-    if config.resume:
+    if config.resume and saved.exists():
         tokenizer = Tokenizer.load(saved)
     elif config.data.tokenizer:
         tokenizer = Tokenizer.load(config.data.tokenizer)

@@ -21,6 +21,7 @@ from pyllm.tokenizers import Tokenizer
 from pyllm.train.checkpoint import Progress, load_checkpoint, save_checkpoint
 from pyllm.train.config import TrainConfig
 from pyllm.train.device import autocast, matmul_peak
+from pyllm.train.interrupt import held_interrupt
 from pyllm.train.log import RunLog
 from pyllm.train.optimizer import learning_rate, make_optimizers
 
@@ -100,14 +101,14 @@ class Trainer:
 
         Raises:
             TrainingError: the gradient was not finite for several steps in a row.
-            KeyboardInterrupt: after saving ``last``.
+            KeyboardInterrupt: after the step in hand and saving ``last``.
         """
         config, progress = self.config, self.progress
         flops = 3 * config.batch_size * config.accumulation
         flops *= count_flops(self.model.config, config.seq_len).total
         peak = matmul_peak(self.device, self.dtype)
         self.model.train()
-        try:
+        with held_interrupt() as interrupted:
             while progress.step < config.max_steps:
                 started = time.perf_counter()
                 metrics = self.step(progress.step)
@@ -125,11 +126,11 @@ class Trainer:
                 if metrics.get("val_loss", math.inf) < progress.best_val_loss:
                     progress.best_val_loss = metrics["val_loss"]
                     self.save("best", log)
-                if progress.step % config.save_every == 0 or last:
+                stop = interrupted()
+                if progress.step % config.save_every == 0 or last or stop:
                     self.save("last", log)
-        except KeyboardInterrupt:
-            self.save("last", log)
-            raise
+                if stop:
+                    raise KeyboardInterrupt
         return progress
 
     def step(self, step: int) -> dict[str, Any]:
@@ -240,5 +241,3 @@ class Trainer:
             self.scaler,
             self.progress,
         )
-
-

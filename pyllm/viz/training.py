@@ -1,5 +1,6 @@
 """Pictures of a training run."""
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,9 @@ def _save(figure: Figure, path: Path) -> None:
     temporary.replace(path)
 
 
-def smoothed(values: Sequence[float], share: float = 0.02) -> np.ndarray[Any, Any]:
+def smoothed(
+    values: Sequence[float] | np.ndarray[Any, Any], share: float = 0.02
+) -> np.ndarray[Any, Any]:
     """Running mean over ``share`` of the run, so that the trend shows through the noise."""
     array = np.asarray(values, dtype=float)
     width = max(int(len(array) * share), 1)
@@ -37,6 +40,11 @@ def smoothed(values: Sequence[float], share: float = 0.02) -> np.ndarray[Any, An
     return mean
 
 
+def _finite(x: Sequence[int], y: Sequence[float]) -> tuple[list[int], list[float]]:
+    pairs = [(a, b) for a, b in zip(x, y, strict=True) if math.isfinite(b)]
+    return [a for a, _ in pairs], [b for _, b in pairs]
+
+
 def plot_loss(
     path: Path,
     steps: Sequence[int],
@@ -44,15 +52,21 @@ def plot_loss(
     val_steps: Sequence[int],
     val_loss: Sequence[float],
 ) -> None:
-    """Training loss (faint, and its running mean) and validation loss, in nats per token."""
+    """Training loss (faint, and its running mean) and validation loss, in nats per token.
+
+    Values that are not finite are left out: one skipped step must not cost the picture.
+    """
     figure, axis = _figure()
+    steps, train_loss = _finite(steps, train_loss)
+    val_steps, val_loss = _finite(val_steps, val_loss)
     axis.plot(steps, train_loss, color="C0", alpha=0.25, linewidth=0.8)
     axis.plot(steps, smoothed(train_loss), color="C0", label="train_loss (running mean)")
     axis.plot(val_steps, val_loss, color="C1", marker="o", markersize=4, label="val_loss")
     axis.set(xlabel="step", ylabel="cross-entropy (nats per token)", title="Loss")
     # The first steps fall from ln(vocabulary): without this the rest of the curve is a flat line.
-    low = min([*train_loss, *val_loss])
-    axis.set_ylim(low * 0.95, float(np.percentile(train_loss, 97)) * 1.1)
+    if train_loss:
+        low = min([*train_loss, *val_loss])
+        axis.set_ylim(low * 0.95, float(np.percentile(train_loss, 97)) * 1.1)
     axis.legend()
     _save(figure, path)
 

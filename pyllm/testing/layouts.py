@@ -1,0 +1,38 @@
+"""The same values in hostile memory layouts."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+
+def strided(tensor: Tensor) -> Tensor:
+    """Every second element of a buffer twice as wide, the rest NaN (or the largest integer)."""
+    if tensor.dim() == 0:
+        return tensor
+    fill = float("nan") if tensor.dtype.is_floating_point else torch.iinfo(tensor.dtype).max
+    wide = torch.full((*tensor.shape, 2), fill, dtype=tensor.dtype, device=tensor.device)
+    wide[..., 0] = tensor
+    return wide[..., 0]
+
+
+def offset(tensor: Tensor) -> Tensor:
+    """Contiguous, but three elements into its storage: unaligned for vector loads."""
+    storage = torch.empty(tensor.numel() + 3, dtype=tensor.dtype, device=tensor.device)
+    view = storage[3:].view(tensor.shape)
+    view.copy_(tensor)
+    return view
+
+
+def transposed(tensor: Tensor) -> Tensor:
+    """The last two dimensions swapped in memory."""
+    if tensor.dim() < 2:
+        return tensor
+    return tensor.transpose(-1, -2).contiguous().transpose(-1, -2)
+
+
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "strided": strided,
+    "offset": offset,
+    "transposed": transposed,
+}

@@ -1,0 +1,216 @@
+"""A declaration as pytest tests: subclass :class:`OperationSuite` and name operation and door.
+
+The parameters ``case``, ``smoke_case``, ``face``, ``dtype``, ``mutant`` and ``layout`` are filled
+in by ``parameters``, which a ``conftest.py`` calls from ``pytest_generate_tests``.
+"""
+
+import os
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch._subclasses import FakeTensorMode
+
+from pyllm.testing.check import Result, check_door, check_face, expectations, is_killed, run_door
+from pyllm.testing.declaration import Arguments, Mutant, OpCase, Operation
+from pyllm.testing.layouts import LAYOUTS
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def faces_on(device: str, available: Sequence[str]) -> list[str]:
+    """The faces that can run on ``device``: on a CPU, Triton only through its interpreter."""
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if device == "cpu":
+        return [face for face in available if face != "triton" or interpreted]
+    return [face for face in available if face != "cpu"]
+
+
+def parameters(
+    operation: Operation, available: Sequence[str], name: str
+) -> tuple[list[Any], list[str]] | None:
+    """Values and ids of a test's parameter, or None for a parameter of another kind.
+
+    ``case`` spans the hostile sizes, with ``smoke_case`` for what is slow; a face in Triton's
+    interpreter gets the smoke subset through ``face_case``, pairs of both.
+    """
+    faces = faces_on("cpu", available)
+    if name == "face_case":
+        pairs = [
+            (face, case)
+            for face in faces
+            for case in (
+                operation.smoke_cases if face == "triton" else operation.hostile_cases
+            )
+        ]
+        # The expectations of a case are kept for a while: put its faces side by side.
+        pairs.sort(key=lambda pair: pair[1].label)
+        return pairs, [f"{face}-{case.label}" for face, case in pairs]
+    if name == "smoke_case":
+        return list(operation.smoke_cases), [case.label for case in operation.smoke_cases]
+    if name == "face":
+        return list(faces), list(faces)
+    if name == "dtype":
+        return list(DTYPES), [str(dtype).removeprefix("torch.") for dtype in DTYPES]
+    if name == "mutant":
+        return list(operation.mutants), [mutant.name for mutant in operation.mutants]
+    if name == "layout":
+        return list(LAYOUTS), list(LAYOUTS)
+    return None
+
+
+class OperationSuite:
+    """What every operation must pass. Subclasses set ``operation`` and ``door``."""
+
+    operation: ClassVar[Operation]
+    door: ClassVar[Callable[..., Any]]
+    find_face: ClassVar[Callable[[str, str], Any]]
+    """``(operation name, face name)`` to the face's module."""
+
+    def tiny(self, dtype: torch.dtype, seed: int = 0) -> tuple[OpCase, Arguments]:
+        """The smallest case, with its inputs."""
+        case = self.operation.case(self.operation.tiny)
+        return case, case.make_inputs(dtype, seed=seed)
+
+    def run(self, inputs: Arguments, face: str | None = None) -> tuple[Tensor, ...]:
+        """The door on ``inputs``; all of its outputs."""
+        return self.operation.call(type(self).door, inputs, face)
+
+    def differentiable(self, inputs: Arguments) -> Arguments:
+        """The same inputs, those with a gradient as leaves that require it."""
+        leaves = {
+            name: inputs[name].detach().requires_grad_() for name in self.operation.gradients
+        }
+        return {**inputs, **leaves}
+
+    def test_face(self, face_case: tuple[str, OpCase], dtype: torch.dtype) -> None:
+        """Forward and backward of the face, called directly, are within the error budget."""
+        face, case = face_case
+        check_face(case, type(self).find_face(self.operation.name, face), dtype)
+
+    def test_door(self, smoke_case: OpCase, face: str, dtype: torch.dtype) -> None:
+        """The same through the public function and autograd."""
+        check_door(smoke_case, type(self).door, face, dtype)
+
+    def test_layout(self, smoke_case: OpCase, face: str, layout: str) -> None:
+        """Strided, offset and transposed inputs and upstream gradients change nothing."""
+        check_door(smoke_case, type(self).door, face, torch.float32, change=LAYOUTS[layout])
+
+    def test_expanded_gradient(self, face: str) -> None:
+        """``(...).sum().backward()`` feeds a gradient of stride 0."""
+        case, inputs = self.tiny(torch.float32)
+        upstreams = {
+            "d" + output.name: torch.ones(())
+            for output in self.operation.outputs
+            if output.upstream is not None
+        }
+        plain, _, real = expectations(case, torch.float32, "cpu", 0)
+        expanded = {name: one.expand(real[name].shape) for name, one in upstreams.items()}
+        dense = {name: gradient.contiguous() for name, gradient in expanded.items()}
+        door = type(self).door
+        got = run_door(case, door, face, inputs, expanded)
+        same = run_door(case, door, face, inputs, dense)
+        assert plain.outputs.keys() >= got.outputs.keys()
+        _assert_same_bits(got, same)
+
+    def test_mutant(self, mutant: Mutant, record_mutant: Callable[[str, str, bool], None]) -> None:
+        """The check above sees this planted fault."""
+        killed = is_killed(self.operation.smoke_cases, mutant, torch.float32)
+        record_mutant(self.operation.name, mutant.name, killed)
+        assert killed, f"{self.operation.name}: no case catches the mutant {mutant.name!r}"
+
+    def test_gradcheck(self) -> None:
+        """The hand-derived backward against finite differences, in float64."""
+        case, inputs = self.tiny(torch.float64)
+        leaves = self.differentiable(inputs)
+        names = self.operation.gradients
+
+        def function(*values: Tensor) -> tuple[Tensor, ...]:
+            outputs = self.run({**inputs, **dict(zip(names, values, strict=True))}, "reference")
+            return tuple(output for output in outputs if output.requires_grad)
+
+        assert torch.autograd.gradcheck(function, tuple(leaves[name] for name in names))
+
+    def test_opcheck(self) -> None:
+        """Schema, autograd registration, fake tensors and AOT dispatch, as PyTorch checks them."""
+        _, inputs = self.tiny(torch.float32)
+        arguments = (*self.differentiable(inputs).values(), "reference")
+        name = f"{self.operation.name}_forward"
+        torch.library.opcheck(getattr(torch.ops.pyllm, name).default, arguments)
+
+    def test_fake_and_meta(self, dtype: torch.dtype) -> None:
+        """Without data, outputs and gradients have the shapes and dtypes they have with it."""
+        case, inputs = self.tiny(dtype)
+        real = expectations(case, dtype, "cpu", 0)[0]
+        upstreams = {
+            "d" + output.name: real.outputs[output.name]
+            for output in self.operation.outputs
+            if output.upstream is not None
+        }
+        meta = run_door(
+            case, type(self).door, "reference", _each(inputs, _to_meta), _each(upstreams, _to_meta)
+        )
+        with FakeTensorMode() as mode:
+            fake = run_door(
+                case,
+                type(self).door,
+                "reference",
+                _each(inputs, mode.from_tensor),
+                _each(upstreams, mode.from_tensor),
+            )
+        for got in (meta, fake):
+            for have, want in ((got.outputs, real.outputs), (got.gradients, real.gradients)):
+                for name, value in have.items():
+                    assert (value.shape, value.dtype) == (want[name].shape, want[name].dtype), name
+
+    def test_compile(self) -> None:
+        """One graph without breaks, the same numbers forward and backward."""
+        case, inputs = self.tiny(torch.float32)
+        upstreams = expectations(case, torch.float32, "cpu", 0)[2]
+        torch.compiler.reset()
+        compiled = torch.compile(type(self).door, fullgraph=True, backend="aot_eager")
+        got = run_door(case, compiled, "reference", inputs, upstreams)
+        _assert_same_bits(got, run_door(case, type(self).door, "reference", inputs, upstreams))
+
+    def test_deterministic(self, face: str, set_threads: Callable[[int], None]) -> None:
+        """The same bits over ten runs and over one, two and three threads."""
+        case = self.operation.smoke_cases[-1 if face == "triton" else 2]
+        if face != "triton":
+            case = max(self.operation.hostile_cases, key=_volume)
+        inputs = case.make_inputs(torch.float32)
+        upstreams = expectations(case, torch.float32, "cpu", 0)[2]
+        first = run_door(case, type(self).door, face, inputs, upstreams)
+        for _ in range(10):
+            _assert_same_bits(run_door(case, type(self).door, face, inputs, upstreams), first)
+        # Matrix products split their sums by threads in the libraries that torch calls: only a
+        # kernel of ours can promise more.
+        if face != "cpu":
+            return
+        for threads in (1, 2, 3):
+            set_threads(threads)
+            _assert_same_bits(run_door(case, type(self).door, face, inputs, upstreams), first)
+
+
+def _volume(case: OpCase) -> int:
+    product = 1
+    for size in case.sizes.values():
+        product *= size if isinstance(size, int) and size > 0 else 1
+    return product
+
+
+def _to_meta(tensor: Tensor) -> Tensor:
+    return tensor.to("meta")
+
+
+def _each(values: Arguments, change: Callable[[Tensor], Tensor]) -> Arguments:
+    return {
+        name: change(value) if isinstance(value, Tensor) else value
+        for name, value in values.items()
+    }
+
+
+def _assert_same_bits(got: Result, expected: Result) -> None:
+    for have, want in ((got.outputs, expected.outputs), (got.gradients, expected.gradients)):
+        for name, value in have.items():
+            assert torch.equal(value, want[name]), name

@@ -1,0 +1,239 @@
+"""Generation: the cache, the seed, the end of the text, the sliding context, the characters."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from pyllm.generate import (
+    SamplingConfig,
+    TextStream,
+    expert_trace,
+    generate,
+    generate_ids,
+    generate_text,
+    next_logits,
+)
+from pyllm.models import PRESETS, ModelConfig, Transformer
+from pyllm.tokenizers import Tokenizer, train_bpe
+
+SMALL = {"vocab_size": 67, "max_seq_len": 32, "n_layers": 3, "d_model": 32, "d_ff": 24}
+SHAPES = {
+    name: replace(config, **SMALL, n_heads=4, n_kv_heads=max(1, config.n_kv_heads // 2))
+    for name, config in PRESETS.items()
+} | {
+    "window": ModelConfig(**SMALL, window=5),
+    "sinusoidal": ModelConfig(**SMALL, position="sinusoidal", norm="layer"),
+    "dense gelu": ModelConfig(**SMALL, moe_every=0, activation="gelu"),
+    "hybrid": ModelConfig(**SMALL, moe_every=2),
+    "untied": ModelConfig(**SMALL, tie_embeddings=False),
+    "one kv head, top-1": ModelConfig(**SMALL, n_kv_heads=1, top_k=1),
+}
+GREEDY = SamplingConfig(greedy=True, max_new_tokens=20)
+
+
+def make_model(config: ModelConfig, seed: int = 0) -> Transformer:
+    torch.manual_seed(seed)
+    model = Transformer(config).eval()
+    with torch.no_grad():  # at 0.02 positions hardly matter, and logits of order 1 say more
+        for name, parameter in model.named_parameters():
+            if name.startswith(("embedding", "positions")):
+                parameter.normal_(std=0.4)
+    return model
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return train_bpe(["Once there was a fox, and the fox was red. "] * 20, 280)
+
+
+@pytest.mark.parametrize("config", SHAPES.values(), ids=SHAPES)
+def test_the_cache_gives_what_recomputing_from_scratch_gives(config):
+    model = make_model(config)
+    ids = torch.randint(config.vocab_size, (2, config.max_seq_len))
+    cache = model.new_cache(2)
+    with torch.inference_mode():
+        for end in range(5, config.max_seq_len + 1):
+            new = ids[:, cache.length : end]
+            cached = next_logits(model, new, cache)
+            scratch = model(ids[:, :end]).logits[:, -1]
+            assert scratch.std() > 0.2
+            torch.testing.assert_close(cached, scratch, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("config", SHAPES.values(), ids=SHAPES)
+def test_a_prompt_in_two_pieces_gives_what_it_gives_in_one(config):
+    model = make_model(config)
+    ids = torch.randint(config.vocab_size, (1, 20))
+    with torch.inference_mode():
+        cache = model.new_cache(1, 20)
+        next_logits(model, ids[:, :9], cache)
+        pieces = next_logits(model, ids[:, 9:], cache)
+        whole = next_logits(model, ids, model.new_cache(1))
+    torch.testing.assert_close(pieces, whole, rtol=1e-4, atol=1e-4)
+
+
+def test_greedy_generation_is_argmax_without_a_cache():
+    model = make_model(ModelConfig(**SMALL))
+    ids = [3, 1, 4]
+    for token in generate_ids(model, [3, 1, 4], GREEDY):
+        assert token == int(model(torch.tensor([ids])).logits[0, -1].argmax())
+        ids.append(token)
+    assert len(ids) == 3 + GREEDY.max_new_tokens
+
+
+@pytest.mark.parametrize("n_prompt", [1, 31, 32, 33, 100])
+def test_a_full_context_slides_to_its_second_half(n_prompt):
+    model = make_model(ModelConfig(**SMALL))
+    history = torch.randint(67, (n_prompt,)).tolist()
+    seen = list(history)
+    new_ids = generate_ids(model, list(history), replace(GREEDY, max_new_tokens=70))
+    for token in new_ids:
+        if len(seen) > 32:
+            seen = history[-16:]
+        assert token == int(model(torch.tensor([seen])).logits[0, -1].argmax())
+        history.append(token)
+        seen.append(token)
+    assert len(history) == n_prompt + 70
+
+
+def test_a_context_of_one_token_still_generates():
+    model = make_model(replace(ModelConfig(**SMALL), max_seq_len=1))
+    assert len(list(generate_ids(model, [5], GREEDY))) == GREEDY.max_new_tokens
+
+
+def test_the_same_seed_writes_the_same_and_another_one_does_not():
+    model = make_model(ModelConfig(**SMALL))
+    config = SamplingConfig(seed=7, temperature=1.5, max_new_tokens=30)
+    first, again = (list(generate_ids(model, [1], config)) for _ in range(2))
+    assert first == again
+    assert first != list(generate_ids(model, [1], replace(config, seed=8)))
+    unseeded = replace(config, seed=None)
+    assert list(generate_ids(model, [1], unseeded)) != list(generate_ids(model, [1], unseeded))
+
+
+def test_generation_leaves_the_global_generator_and_inference_mode_alone():
+    model = make_model(ModelConfig(**SMALL))
+    before = torch.get_rng_state()
+    for _ in generate_ids(model, [1], SamplingConfig(max_new_tokens=3)):
+        assert not torch.is_inference_mode_enabled()
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def chain_model(tokenizer: Tokenizer, ids: list[int]) -> Transformer:
+    """A model that writes ``ids`` after end-of-text, and after them end-of-text again."""
+    n_words = tokenizer.vocab_size
+    config = ModelConfig(
+        vocab_size=n_words,
+        max_seq_len=64,
+        n_layers=1,
+        d_model=n_words + n_words % 2,
+        n_heads=1,
+        n_kv_heads=1,
+        d_ff=8,
+        moe_every=0,
+        position="learned",
+        tie_embeddings=False,
+    )
+    model = Transformer(config).eval()
+    with torch.no_grad():
+        for parameter in model.blocks.parameters():
+            parameter.zero_()  # nothing is added to the embedding, which is one-hot
+        model.positions.weight.zero_()
+        model.embedding.weight.copy_(torch.eye(n_words, config.d_model))
+        model.output.weight.zero_()
+        chain = [tokenizer.end_of_text_id, *ids, tokenizer.end_of_text_id]
+        assert len(set(ids)) == len(ids)
+        for before, after in zip(chain, chain[1:], strict=False):
+            model.output.weight[after, before] = 1.0
+    return model
+
+
+def test_the_text_stops_at_end_of_text_and_streams_whole_characters(tokenizer):
+    text = "Once é🦊."
+    ids = tokenizer.encode(text)
+    model = chain_model(tokenizer, ids)
+    config = SamplingConfig(greedy=True, max_new_tokens=60)
+    pieces = list(generate(model, tokenizer, "", config))
+    assert "".join(pieces) == text
+    assert "🦊" in pieces and all(pieces)
+    assert generate_text(model, tokenizer, "Once", config) == text.removeprefix("Once")
+
+
+def test_a_text_cut_inside_a_character_ends_with_a_replacement(tokenizer):
+    model = chain_model(tokenizer, tokenizer.encode("a🦊"))
+    pieces = list(generate(model, tokenizer, "", SamplingConfig(greedy=True, max_new_tokens=3)))
+    assert pieces == ["a", "\ufffd"]
+
+
+def test_special_tokens_in_a_prompt_are_text(tokenizer):
+    model = make_model(replace(ModelConfig(**SMALL), vocab_size=tokenizer.vocab_size))
+    prompt = "<|endoftext|> x"
+    config = SamplingConfig(seed=0, max_new_tokens=5)
+    ids = [tokenizer.end_of_text_id, *tokenizer.encode(prompt)]
+    assert ids.count(tokenizer.end_of_text_id) == 1
+    expected = list(generate_ids(model, ids, config, stop_id=tokenizer.end_of_text_id))
+    assert generate_text(model, tokenizer, prompt, config) == tokenizer.decode(expected)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_streamed_random_bytes_join_to_what_decoding_at_once_gives(tokenizer, seed):
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(tokenizer.vocab_size, (300,), generator=generator).tolist()
+    stream = TextStream(tokenizer)
+    pieces = [stream.push(token) for token in ids]
+    assert "".join([*pieces, stream.end()]) == tokenizer.decode(ids)
+    assert stream.end() == ""
+
+
+def test_streaming_valid_text_never_gives_a_replacement_character(tokenizer):
+    text = "naïve 你好 🦊👩‍👩‍👧 \U0010ffff \u0800 end \ufffd!"
+    stream = TextStream(tokenizer)
+    pieces = [stream.push(token) for token in tokenizer.encode(text)]
+    assert "".join(pieces) == text and stream.end() == ""
+    assert "".join(pieces).count("\ufffd") == 1  # the one that is in the text
+
+
+def test_an_empty_prompt_a_wrong_id_and_a_foreign_tokenizer_are_value_errors(tokenizer):
+    model = make_model(ModelConfig(**SMALL))
+    with pytest.raises(ValueError, match="at least one token to begin with"):
+        next(generate_ids(model, [], GREEDY))
+    with pytest.raises(ValueError, match="token 67 is not in the model's vocabulary of 67"):
+        next(generate_ids(model, [1, 67], GREEDY))
+    with pytest.raises(ValueError, match="the tokenizer has 2.. tokens and the model 67"):
+        next(generate(model, tokenizer, "fox", GREEDY))
+
+
+def test_damaged_weights_are_a_value_error():
+    model = make_model(ModelConfig(**SMALL))
+    with torch.no_grad():
+        model.final_norm.weight[0] = float("nan")
+    with pytest.raises(ValueError, match="weights are damaged"):
+        next(generate_ids(model, [1], GREEDY))
+
+
+def test_the_expert_trace_names_the_experts_that_ran():
+    config = replace(ModelConfig(**SMALL), moe_every=2, n_layers=4)
+    model = make_model(config)
+    dispatchers = [block.ffn.dispatcher for block in model.blocks[1::2]]
+    ids = torch.randint(config.vocab_size, (20,)).tolist()
+    trace = expert_trace(model, ids)
+    assert trace.shape == (2, 20, 2) and trace.dtype == torch.int32
+    counts = torch.stack([layer.flatten().bincount(minlength=8) for layer in trace])
+    assert torch.equal(counts.int(), model(torch.tensor([ids])).tokens_per_expert)
+    assert [block.ffn.dispatcher for block in model.blocks[1::2]] == dispatchers
+
+
+def test_the_expert_trace_puts_the_dispatchers_back_after_an_error():
+    model = make_model(ModelConfig(**SMALL))
+    dispatcher = model.blocks[0].ffn.dispatcher
+    with pytest.raises(ValueError, match="do not fit into the model's context"):
+        expert_trace(model, [1] * 33)
+    assert model.blocks[0].ffn.dispatcher is dispatcher
+    with pytest.raises(ValueError, match="at least one token"):
+        expert_trace(model, [])
+
+
+def test_the_expert_trace_of_a_dense_model_has_no_layers():
+    model = make_model(replace(ModelConfig(**SMALL), moe_every=0))
+    assert expert_trace(model, [1, 2, 3]).shape == (0, 3, 2)

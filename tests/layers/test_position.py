@@ -1,0 +1,67 @@
+"""Positions: rotary angles, sinusoids, and the layer norms beside them."""
+
+import math
+
+import pytest
+import torch
+
+from pyllm.layers import LayerNorm, RMSNorm, RotaryTable, SinusoidalPositions
+from pyllm.ops import rope
+
+
+def test_rotary_angles_are_those_of_the_paper():
+    cos, sin = RotaryTable(100, 8, theta=500.0)(start=90, length=3)
+    for t in range(3):
+        for i in range(4):
+            angle = (90 + t) * 500.0 ** (-2 * i / 8)
+            assert cos[t, i] == pytest.approx(math.cos(angle), abs=1e-6)
+            assert sin[t, i] == pytest.approx(math.sin(angle), abs=1e-6)
+
+
+def test_a_rotated_product_depends_on_the_distance_only():
+    table = RotaryTable(200, 16)
+    q, k = torch.randn(2, 1, 1, 1, 16)
+
+    def score(at_q, at_k):
+        return float((rope(q, *table(at_q, 1)) * rope(k, *table(at_k, 1))).sum())
+
+    assert score(5, 2) == pytest.approx(score(185, 182), abs=1e-4)
+    assert score(5, 2) != pytest.approx(score(5, 4), abs=1e-3)
+
+
+def test_rotary_tables_stay_float32_whatever_the_model_becomes():
+    table = RotaryTable(50, 8)
+    cos = table.cos.clone()
+    for module in (table, torch.nn.Sequential(table)):
+        module.to(torch.bfloat16)
+        assert table.cos.dtype == table.sin.dtype == torch.float32
+        assert torch.equal(table.cos, cos)
+    assert not table.state_dict()
+    assert table.to("meta").cos.device.type == "meta"
+
+
+def test_sinusoids_are_those_of_the_paper():
+    table = SinusoidalPositions(30, 6)(start=20, length=2)
+    for t in range(2):
+        for i in range(3):
+            angle = (20 + t) / 10_000 ** (2 * i / 6)
+            assert table[t, 2 * i] == pytest.approx(math.sin(angle), abs=1e-6)
+            assert table[t, 2 * i + 1] == pytest.approx(math.cos(angle), abs=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_norms_are_what_their_equations_say(dtype):
+    x = torch.randn(3, 5, 64).to(dtype)
+    rms, layer = RMSNorm(64, eps=1e-3), LayerNorm(64, eps=1e-3)
+    with torch.no_grad():
+        for parameter in [*rms.parameters(), *layer.parameters()]:
+            parameter.normal_()
+    wide = x.double()
+    wanted = wide / (wide.square().mean(-1, keepdim=True) + 1e-3).sqrt() * rms.weight
+    tolerance = 1e-5 if dtype == torch.float32 else 3e-2
+    torch.testing.assert_close(rms(x).double(), wanted, rtol=tolerance, atol=tolerance)
+    centred = wide - wide.mean(-1, keepdim=True)
+    wanted = centred / (centred.square().mean(-1, keepdim=True) + 1e-3).sqrt()
+    wanted = wanted * layer.weight + layer.bias
+    torch.testing.assert_close(layer(x).double(), wanted, rtol=tolerance, atol=tolerance)
+    assert rms(x).dtype == layer(x).dtype == dtype

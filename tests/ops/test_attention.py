@@ -1,0 +1,75 @@
+"""``attention``: every face and the door, by its declaration; then what is particular to it."""
+
+import pytest
+import torch
+
+from pyllm.ops import attention
+from pyllm.ops._registry import face_module
+from pyllm.testing.cases.attention import ATTENTION
+from pyllm.testing.suite import OperationSuite
+
+
+class TestAttention(OperationSuite):
+    operation = ATTENTION
+    door = staticmethod(attention)
+    find_face = staticmethod(face_module)
+
+
+def test_against_pytorch() -> None:
+    q, k, v = torch.randn(2, 7, 4, 8), torch.randn(2, 7, 2, 8), torch.randn(2, 7, 2, 8)
+    heads_first = [t.transpose(1, 2) for t in (q, k, v)]
+    expected = torch.nn.functional.scaled_dot_product_attention(
+        *heads_first, is_causal=True, enable_gqa=True
+    )
+    torch.testing.assert_close(attention(q, k, v), expected.transpose(1, 2))
+
+
+def test_the_last_queries_alone_give_the_same() -> None:
+    q, k, v = torch.randn(1, 9, 2, 8), torch.randn(1, 9, 1, 8), torch.randn(1, 9, 1, 8)
+    whole = attention(q, k, v, window=4)
+    for start in range(9):
+        torch.testing.assert_close(attention(q[:, start:], k, v, window=4), whole[:, start:])
+
+
+def test_a_wide_window_is_no_window() -> None:
+    q, k, v = (torch.randn(1, 9, 2, 8) for _ in range(3))
+    torch.testing.assert_close(attention(q, k, v, window=9), attention(q, k, v))
+
+
+def test_the_future_is_not_seen() -> None:
+    q, k, v = (torch.randn(1, 9, 2, 8) for _ in range(3))
+    before = attention(q, k, v)
+    k[:, 5:], v[:, 5:] = 7.0, float("inf")
+    torch.testing.assert_close(attention(q, k, v, face="reference")[:, :5], before[:, :5])
+
+
+def test_autocast_computes_in_its_dtype() -> None:
+    q, k, v = (torch.randn(1, 5, 2, 8, requires_grad=True) for _ in range(3))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = attention(q, k, v)
+    assert y.dtype == torch.bfloat16
+    y.float().square().sum().backward()
+    assert q.grad.dtype == torch.float32
+
+
+def _tensors(*, heads: int = 4, kv_heads: int = 2, keys: int = 5) -> tuple[torch.Tensor, ...]:
+    return torch.ones(1, 5, heads, 8), *(torch.ones(1, keys, kv_heads, 8) for _ in range(2))
+
+
+@pytest.mark.parametrize(
+    ("tensors", "options", "message"),
+    [
+        (_tensors(heads=3), {}, "3 query heads must be a multiple of the kv heads, got 2"),
+        (_tensors(keys=4), {}, "at least as many keys as queries, got 5 queries and 4 keys"),
+        (_tensors(), {"window": 0}, "window must be at least 1 or None, got 0"),
+        ([t[0] for t in _tensors()], {}, r"q must have shape \(B, T, H, K\)"),
+        ([t.int() for t in _tensors()], {}, "q must be floating point"),
+        ([*_tensors()[:2], _tensors(keys=6)[2]], {}, "v must have shape"),
+        ([_tensors()[0].double(), *_tensors()[1:]], {}, "one dtype was expected"),
+    ],
+)
+def test_bad_input(
+    tensors: list[torch.Tensor], options: dict[str, int], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        attention(*tensors, **options)

@@ -1,0 +1,136 @@
+"""scripts/generate.py as a user runs it."""
+
+import importlib.util
+import os
+import re
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from pyllm.models import ModelConfig, Transformer, save_model
+from pyllm.tokenizers import train_bpe
+
+ROOT = Path(__file__).parents[2]
+SCRIPT = ROOT / "scripts" / "generate.py"
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    """A folder with runs/fox/best in it, a small untrained model."""
+    tokenizer = train_bpe(["Once there was a fox, and the fox was red. "] * 20, 290)
+    config = ModelConfig(
+        vocab_size=tokenizer.vocab_size, max_seq_len=64, n_layers=2, d_model=32, d_ff=16
+    )
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("place")
+    save_model(folder / "runs" / "fox" / "best", Transformer(config), tokenizer)
+    dense = Transformer(replace(config, moe_every=0))
+    save_model(folder / "dense", dense, tokenizer)
+    return folder
+
+
+def start(place: Path, *flags: str) -> subprocess.Popen[str]:
+    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join(paths),
+        "PYTHONIOENCODING": "utf-8",
+        "OMP_NUM_THREADS": "1",
+    }
+    pipe = subprocess.PIPE
+    return subprocess.Popen(
+        [sys.executable, str(SCRIPT), *flags],
+        cwd=place,
+        env=environment,
+        stdin=pipe,
+        stdout=pipe,
+        stderr=pipe,
+        encoding="utf-8",
+    )
+
+
+def run(place: Path, *flags: str, typed: str = "") -> tuple[int, str, str]:
+    process = start(place, *flags)
+    out, error = process.communicate(typed, timeout=120)
+    return process.returncode, out, error
+
+
+def test_a_story_of_the_newest_run_with_stats_and_experts(place):
+    flags = ("--prompt", "Once", "--max-new-tokens", "30", "--seed", "3")
+    code, plain, error = run(place, *flags)
+    assert (code, error) == (0, "")
+    assert plain.startswith("Once") and len(plain) > 10
+
+    code, out, _ = run(place, *flags, "--model", "runs/fox", "--stats", "--show-experts")
+    assert code == 0 and out.startswith(plain)
+    written = re.search(r"(\d+) tokens in [\d.]+ s: [\d.]+ tokens/s", out)
+    assert written and 1 <= int(written[1]) <= 30
+    assert "MoE layer 1 of 0 to 1" in out
+    counts = re.findall(r"(\d+): (\d+)", out.rpartition("tokens by expert")[2])
+    assert [int(expert) for expert, _ in counts] == list(range(8))
+    assert sum(int(count) for _, count in counts) > int(written[1])
+
+
+def test_interactive_ctrl_c_ends_a_story_and_the_end_of_input_the_program(place):
+    process = start(place, "--interactive", "--max-new-tokens", "1000000", "--temperature", "0.01")
+    assert process.stdin and process.stdout
+    process.stdin.write("Once there\n")
+    process.stdin.flush()
+    seen = ""
+    while "Once there" not in seen or len(seen.partition("Once there")[2]) < 40:
+        character = process.stdout.read(1)
+        assert character, "the program ended by itself"
+        seen += character
+    process.send_signal(signal.SIGINT)
+    process.stdin.write("The fox\n")
+    process.stdin.flush()
+    seen = ""
+    while len(seen.partition("The fox")[2]) < 40:
+        character = process.stdout.read(1)
+        assert character, "the program ended with the story"
+        seen += character
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 0
+    assert "Traceback" not in error
+
+
+def test_what_a_user_gets_wrong_is_one_line_and_exit_code_2(place):
+    code, out, error = run(place, "--model", "nowhere")
+    assert code == 2 and out == ""
+    assert error.count("\n") == 1
+    assert "nowhere: no such folder; expected a run folder" in error
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"model": "dense", "show_experts": True}, "dense has 0 MoE layers"),
+        ({"show_experts": True, "expert_layer": 2}, "--expert-layer is 2; .* has 2 MoE layers"),
+        ({"device": "abacus"}, "device must be auto, cpu, cuda or mps, got 'abacus'"),
+    ],
+)
+def test_impossible_requests_are_value_errors(place, monkeypatch, settings, message):
+    monkeypatch.chdir(place)
+    spec = importlib.util.spec_from_file_location("generate_script", SCRIPT)
+    assert spec and spec.loader
+    script = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, script)  # dataclasses look their module up
+    spec.loader.exec_module(script)
+    with pytest.raises(ValueError, match=message):
+        script.main(script.Config(**settings))
+
+
+def test_without_any_run_the_remedy_is_named(tmp_path):
+    code, _, error = run(tmp_path)
+    assert code == 2 and "train one with python scripts/train_moe.py" in error
+
+
+def test_an_impossible_temperature_is_told_without_a_traceback(place):
+    code, _, error = run(place, "--temperature", "0")
+    assert code == 2
+    assert "temperature must be above 0" in error and "Traceback" not in error

@@ -1,0 +1,186 @@
+"""The extension: it builds or says why not, forced instruction sets, one OpenMP runtime."""
+
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pyllm._native import cpu_extension
+
+ROOT = Path(__file__).resolve().parent.parent
+KERNEL_SOURCES = sorted(
+    path
+    for path in (ROOT / "csrc" / "cpu").glob("*.cpp")
+    if "PYLLM_ISA" in path.read_text(encoding="utf-8") and path.stem != "isa"
+)
+AVX512_FLAGS = [
+    "-mavx2",
+    "-mfma",
+    "-mavx512f",
+    "-mavx512bw",
+    "-mavx512dq",
+    "-mavx512vl",
+    "-mavx512vnni",
+    "-mavx512bf16",
+]
+
+needs_extension = pytest.mark.skipif(cpu_extension() is None, reason="pyllm._cpu is not built")
+
+
+def run_python(code: str, *flags: str, cwd: Path = ROOT, **environment: str):
+    return subprocess.run(
+        [sys.executable, *flags, "-c", code],
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        env={**os.environ, **environment},
+    )
+
+
+@needs_extension
+def test_each_supported_isa_can_be_forced() -> None:
+    supported = cpu_extension().supported_isas()
+    assert "baseline" in supported
+    code = "from pyllm._native import cpu_extension; print(cpu_extension().active_isa())"
+    for isa in supported:
+        result = run_python(code, PYLLM_ISA=isa)
+        assert result.stdout.strip() == isa, result.stderr
+    assert run_python(code, PYLLM_ISA="").stdout.strip() == supported[-1]
+
+
+@needs_extension
+def test_an_unknown_isa_is_an_error() -> None:
+    code = "from pyllm._native import cpu_extension; cpu_extension()"
+    result = run_python(code, PYLLM_ISA="sse9")
+    assert result.returncode != 0
+    assert "ValueError: PYLLM_ISA='sse9' is not an instruction set" in result.stderr
+    assert "expected one of: baseline" in result.stderr
+
+
+@needs_extension
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/maps")
+def test_one_openmp_runtime_in_the_process() -> None:
+    code = """
+import torch
+from pyllm._native import cpu_extension
+from pyllm.cpu_kernels.rms_norm import rms_norm_forward
+from pyllm.doctor import openmp_runtimes
+before = openmp_runtimes()
+torch.set_num_threads(2)
+rms_norm_forward(torch.ones(4096, 64), torch.ones(64), 1e-5)
+torch.ones(512, 512) @ torch.ones(512, 512)
+print(before == openmp_runtimes(), len(before), cpu_extension().parallel_backend())
+"""
+    result = run_python(code)
+    assert result.stdout.split() == ["True", "1", "openmp"], result.stdout + result.stderr
+
+
+@needs_extension
+def test_without_torch_loops_run_on_std_threads(tmp_path: Path) -> None:
+    """The extension alone: no OpenMP runtime to be found, and the kernel still works."""
+    numpy = pytest.importorskip("numpy")
+    code = f"""
+import importlib.util, sys
+import numpy as np
+spec = importlib.util.spec_from_file_location("_cpu", {cpu_extension().__file__!r})
+cpu = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(cpu)
+x, w = np.ones((4096, 64), np.float32), np.full(64, 3, np.float32)
+y, rstd = np.empty_like(x), np.empty(4096, np.float32)
+cpu.rms_norm_forward(
+    cpu.DTYPES["float32"], x.ctypes.data, w.ctypes.data, 0.0, y.ctypes.data, rstd.ctypes.data,
+    4096, 64, 3,
+)
+print(cpu.parallel_backend(), (y == 3).all(), "torch" in sys.modules)
+"""
+    assert numpy is not None
+    result = run_python(code, cwd=tmp_path)
+    assert result.stdout.split() == ["std::thread", "True", "False"], result.stderr
+
+
+def package_without_extension(folder: Path) -> None:
+    (folder / "pyllm").mkdir()
+    for name in ("__init__.py", "_native.py"):
+        shutil.copy(ROOT / "pyllm" / name, folder / "pyllm" / name)
+
+
+@pytest.mark.parametrize(
+    ("failure", "reason"), [(None, "it was never built here"), ("c++ gone", "it did not build")]
+)
+def test_a_missing_extension_warns_once(tmp_path: Path, failure: str | None, reason: str) -> None:
+    package_without_extension(tmp_path)
+    if failure is not None:
+        (tmp_path / "pyllm" / "_build_failure.txt").write_text(failure, encoding="utf-8")
+    code = """
+import pyllm
+from pyllm._native import build_output, cpu_extension, warn_if_missing
+warn_if_missing()
+print(cpu_extension(), cpu_extension(), build_output())
+"""
+    # -S keeps the installed pyllm, which has its extension, out of sight.
+    result = run_python(code, "-S", "-W", "always", cwd=tmp_path, PYTHONPATH=str(tmp_path))
+    assert result.stdout.split(maxsplit=2) == ["None", "None", f"{failure}\n"], result.stderr
+    assert result.stderr.count("pyllm runs without its C++ kernels") == 1
+    assert reason in result.stderr
+    assert "pip install -e ." in result.stderr
+
+
+def test_the_build_survives_without_a_compiler(tmp_path: Path) -> None:
+    pytest.importorskip("pybind11")
+    pytest.importorskip("setuptools")
+    if shutil.which("cmake") is None or shutil.which("ninja") is None:
+        pytest.skip("cmake and ninja are not on PATH")
+    for name in ("setup.py", "CMakeLists.txt", "pyproject.toml", "LICENSE"):
+        shutil.copy(ROOT / name, tmp_path)
+    package_without_extension(tmp_path)
+    (tmp_path / "triton_kernels").mkdir()
+    (tmp_path / "triton_kernels" / "__init__.py").touch()
+    command = ["setup.py", "-q", "build_ext", "--build-lib", "out", "--build-temp", "temp"]
+    result = subprocess.run(
+        [sys.executable, *command],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={**os.environ, "CXX": "/nonexistent"},
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert not list((tmp_path / "out" / "pyllm").glob("_cpu*"))
+    reason = (tmp_path / "out" / "pyllm" / "_build_failure.txt").read_text(encoding="utf-8")
+    assert "/nonexistent" in reason
+
+
+def test_triton_kernels_is_no_top_level_name(tmp_path: Path) -> None:
+    """Another project on the package index owns it; ours is pyllm.triton_kernels."""
+    code = """
+from importlib.util import find_spec
+top = find_spec("triton_kernels")
+print(find_spec("pyllm.triton_kernels") is not None, top and top.submodule_search_locations)
+"""
+    result = run_python(code, cwd=tmp_path)
+    inside, top_level = result.stdout.split(maxsplit=1)
+    assert inside == "True", "pyllm is not installed: pip install -e '.[test]'"
+    assert str(ROOT) not in top_level
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="several instruction sets: x86-64 only")
+@pytest.mark.parametrize("source", KERNEL_SOURCES, ids=lambda path: path.stem)
+def test_instruction_sets_share_no_code(source: Path, tmp_path: Path) -> None:
+    """No weak symbol in a kernel's object: the linker keeps one copy of those, of any set."""
+    compiler, nm = shutil.which("c++"), shutil.which("nm")
+    if compiler is None or nm is None:
+        pytest.skip("c++ and nm are not on PATH")
+    target = tmp_path / "kernel.o"
+    definitions = ["-DPYLLM_X86_ISAS", "-DPYLLM_ISA=avx512", "-DNDEBUG"]
+    flags = ["-std=c++17", "-O3", "-fPIC", "-fopenmp-simd", *AVX512_FLAGS, *definitions]
+    subprocess.run(
+        [compiler, *flags, f"-I{ROOT / 'csrc'}", "-c", str(source), "-o", str(target)], check=True
+    )
+    symbols = subprocess.run([nm, "-C", str(target)], capture_output=True, text=True, check=True)
+    shared = [line for line in symbols.stdout.splitlines() if line[17:18] in "VWuvw"]
+    assert not shared, "\n".join(shared)
+    assert any(" T pyllm::avx512::" in line for line in symbols.stdout.splitlines())

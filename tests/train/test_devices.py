@@ -1,0 +1,77 @@
+"""Device and precision are chosen by what the machine has; what it lacks is refused by name."""
+
+import pytest
+import torch
+
+from pyllm.train import TrainConfig, device
+
+
+def pretend(
+    monkeypatch: pytest.MonkeyPatch, cuda: bool = False, mps: bool = False, bf16: bool = False
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda emulated=True: bf16 or emulated)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: bf16)
+
+
+@pytest.mark.parametrize(
+    ("cuda", "mps", "chosen"),
+    [(True, True, "cuda"), (True, False, "cuda"), (False, True, "mps"), (False, False, "cpu")],
+)
+def test_auto_device(
+    monkeypatch: pytest.MonkeyPatch, cuda: bool, mps: bool, chosen: str
+) -> None:
+    pretend(monkeypatch, cuda=cuda, mps=mps)
+    assert device.choose_device("auto").type == chosen
+    assert device.choose_device("cpu").type == "cpu"
+
+
+def test_a_device_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend(monkeypatch, mps=True)
+    with pytest.raises(
+        ValueError, match="train.device cuda is not available on this machine; here: mps, cpu"
+    ):
+        device.choose_device("cuda")
+    pretend(monkeypatch)
+    with pytest.raises(ValueError, match="train.device mps is not available .*; here: cpu"):
+        device.choose_device("mps")
+
+
+@pytest.mark.parametrize(
+    ("kind", "bf16", "chosen"),
+    [
+        ("cuda", True, torch.bfloat16),
+        ("cuda", False, torch.float16),  # emulated bfloat16 is slow: it does not count
+        ("cpu", True, torch.bfloat16),
+        ("cpu", False, torch.float32),
+        ("mps", True, torch.float32),
+    ],
+)
+def test_auto_dtype(
+    monkeypatch: pytest.MonkeyPatch, kind: str, bf16: bool, chosen: torch.dtype
+) -> None:
+    pretend(monkeypatch, bf16=bf16)
+    assert device.choose_dtype("auto", torch.device(kind)) == chosen
+    assert device.choose_dtype("float16", torch.device(kind)) == torch.float16
+
+
+def test_autocast_changes_matrix_products_only_when_asked() -> None:
+    a = torch.ones(4, 4)
+    cpu = torch.device("cpu")
+    with device.autocast(cpu, torch.bfloat16):
+        assert (a @ a).dtype == torch.bfloat16
+    with device.autocast(cpu, torch.float32):
+        assert (a @ a).dtype == torch.float32
+
+
+def test_matmul_peak_is_a_plausible_rate() -> None:
+    assert 1e8 < device.matmul_peak(torch.device("cpu"), torch.float32, size=256) < 1e15
+
+
+def test_threads_are_set_only_when_asked() -> None:
+    torch.set_num_threads(1)
+    device.apply_threads(TrainConfig(threads=0))
+    assert torch.get_num_threads() == 1
+    device.apply_threads(TrainConfig(threads=2))
+    assert torch.get_num_threads() == 2

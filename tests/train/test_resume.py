@@ -1,0 +1,270 @@
+"""A run that is killed and resumed leaves bit for bit what an uninterrupted one leaves.
+
+Each way to die is a program of its own, which ends itself with SIGKILL (or gets Ctrl-C) at a
+chosen point; all of them run side by side.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from safetensors.torch import load_file, save_file
+
+from pyllm.data import write_stories
+from pyllm.train import RunConfig, Trainer, run_training
+from pyllm.train.checkpoint import load_checkpoint, save_checkpoint
+from pyllm.train.log import keep_rows, read_metrics
+from pyllm.train.run import read_run_config
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPT = ROOT / "scripts" / "train_moe.py"
+STEPS = 16
+FLAGS = f"""
+--model.vocab-size 300 --model.max-seq-len 1024 --model.n-layers 2 --model.d-model 32
+--model.d-ff 32 --model.n-experts 4 --train.max-steps {STEPS} --train.batch-size 4
+--train.accumulation 2 --train.seq-len 32 --train.warmup-steps 4 --train.learning-rate 1e-2
+--train.eval-every 3 --train.eval-tokens 256 --train.save-every 5 --train.sample-every 7
+--train.dtype float32 --train.device cpu --train.threads 1
+""".split()
+
+# The script, but for one call that is replaced by one that dies.
+DYING_RUN = """
+import os, runpy, signal, sys
+from pathlib import Path
+
+from pyllm.tokenizers import Tokenizer
+from pyllm.train import Muon, Trainer, checkpoint
+
+where, script, *flags = sys.argv[1:]
+
+
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def at_call(owner, name, number, act):
+    original, calls = getattr(owner, name), []
+
+    def wrapped(*args, **kwargs):
+        calls.append(None)
+        if len(calls) == number:
+            act()
+        return original(*args, **kwargs)
+
+    setattr(owner, name, wrapped)
+
+
+if where == "before_the_tokenizer_is_there":
+    at_call(Tokenizer, "save", 1, die)
+elif where == "between_checkpoints":
+    at_call(Trainer, "step", 9, die)
+elif where == "in_the_middle_of_a_checkpoint":
+    save_file = checkpoint.save_file
+
+    def half_a_file(tensors, path):
+        save_file(tensors, path)
+        if "last.tmp" in str(path) and Path(path).parents[2].joinpath("last").exists():
+            os.truncate(path, os.path.getsize(path) // 2)
+            die()
+
+    checkpoint.save_file = half_a_file
+elif where == "between_two_renames":
+    rename = Path.rename
+
+    def rename_and_die(self, target):
+        rename(self, target)
+        if self.name == "last":
+            die()
+
+    Path.rename = rename_and_die
+elif where == "ctrl_c_in_a_step":
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    # Muon's turn is second: AdamW's half of the step is done by then.
+    at_call(Muon, "step", 8, lambda: signal.raise_signal(signal.SIGINT))
+
+sys.argv = [script, *flags]
+runpy.run_path(script, run_name="__main__")
+"""
+# Exit code, and the step the resumed run begins with.
+DEATHS = {
+    "before_the_tokenizer_is_there": (-signal.SIGKILL, 0),
+    "between_checkpoints": (-signal.SIGKILL, 5),
+    "in_the_middle_of_a_checkpoint": (-signal.SIGKILL, 5),
+    "between_two_renames": (-signal.SIGKILL, 5),
+    "ctrl_c_in_a_step": (130, 8),
+}
+
+pytestmark = pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no SIGKILL on Windows")
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the run folders of all the dead, and `whole`, which nobody touched."""
+    folder = tmp_path_factory.mktemp("runs")
+    for name, count in (("train", 60), ("valid", 6)):
+        stories = write_stories(count, 0, name)
+        text = "".join(f"{story}\n<|endoftext|>\n" for story in stories)
+        (folder / f"{name}.txt").write_text(text, encoding="utf-8")
+    data = ["--data", str(folder / "train.txt"), "--valid", str(folder / "valid.txt")]
+    running = {}
+    for name in ("whole", *DEATHS):
+        command = [sys.executable, "-c", DYING_RUN, name, str(SCRIPT), *data, *FLAGS]
+        running[name] = subprocess.Popen(
+            [*command, "--out", str(folder / name)],
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+    for name, process in running.items():
+        output = process.communicate(timeout=300)[0]
+        expected = DEATHS[name][0] if name in DEATHS else 0
+        assert process.returncode == expected, f"{name}: {output}"
+    return folder
+
+
+def rows_without_times(folder: Path) -> list[dict[str, Any]]:
+    return [
+        {key: value for key, value in row.items() if key not in ("tok_per_sec", "mfu")}
+        for row in read_metrics(folder)
+    ]
+
+
+def assert_same_run(folder: Path, whole: Path) -> None:
+    assert rows_without_times(folder) == rows_without_times(whole)
+    for file in (
+        "last/model.safetensors",
+        "last/train_state/optimizer.safetensors",
+        "best/model.safetensors",
+    ):
+        ours, theirs = load_file(folder / file), load_file(whole / file)
+        assert ours.keys() == theirs.keys()
+        for name in ours:
+            assert torch.equal(ours[name], theirs[name]), f"{file}: {name}"
+    results = [json.loads((place / "result.json").read_text()) for place in (folder, whole)]
+    for name in ("val_loss", "val_bpb", "story"):
+        assert results[0][name] == results[1][name]
+
+
+def test_the_whole_run(runs: Path) -> None:
+    rows = read_metrics(runs / "whole")
+    assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
+    assert [row["step"] for row in rows if "val_loss" in row] == [3, 6, 9, 12, 15, 16]
+    for name in ("loss.png", "expert_load.png", "samples.txt", "result.json"):
+        assert (runs / "whole" / name).is_file()
+    assert any((runs / "whole" / "tensorboard").iterdir())
+
+
+@pytest.mark.parametrize("death", DEATHS)
+def test_resumed_equals_uninterrupted(runs: Path, death: str) -> None:
+    folder, step = runs / death, DEATHS[death][1]
+    state = folder / "last" / "train_state" / "state.json"
+    if death == "between_two_renames":
+        assert not state.exists(), "it died where the name is free"
+    elif step:
+        assert json.loads(state.read_text())["progress"]["step"] == step
+    if death == "between_checkpoints":  # once as a user does it
+        command = [sys.executable, str(SCRIPT), "--resume", str(folder)]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert "at step 5" in " ".join(done.stdout.split())
+    else:
+        run_training(RunConfig(resume=str(folder)), Console(quiet=True))
+    assert_same_run(folder, runs / "whole")
+    leftovers = {path.name for path in folder.iterdir() if path.suffix in (".tmp", ".old")}
+    assert not leftovers
+
+
+def test_resuming_a_finished_run_changes_nothing(runs: Path) -> None:
+    before = rows_without_times(runs / "whole")
+    run_training(RunConfig(resume=str(runs / "whole")), Console(quiet=True))
+    assert rows_without_times(runs / "whole") == before
+
+
+def test_rows_after_the_checkpoint_are_cut_off(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    rows = [json.dumps({"step": step}) + "\n" for step in (1, 2, 3, 4)]
+    path.write_text("".join(rows) + '{"step": 5, "trai')
+    keep_rows(path, 10)
+    assert [row["step"] for row in read_metrics(tmp_path)] == [1, 2, 3, 4]
+    keep_rows(path, 2)
+    assert [row["step"] for row in read_metrics(tmp_path)] == [1, 2]
+    keep_rows(tmp_path / "absent.jsonl", 2)
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(
+    make_trainer: Callable[..., Trainer], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = make_trainer()
+    save(trainer, tmp_path / "last")
+    trainer.step(0)
+
+    def full(*args: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("pyllm.train.checkpoint.save_file", full)
+        with pytest.raises(OSError, match="No space left"):
+            save(trainer, tmp_path / "last")
+    assert os.listdir(tmp_path) == ["last"]
+    fresh = make_trainer()
+    load(fresh, tmp_path / "last")
+
+
+def save(trainer: Trainer, folder: Path) -> None:
+    save_checkpoint(
+        folder,
+        trainer.model,
+        trainer.tokenizer,
+        trainer.optimizers,
+        trainer.scaler,
+        trainer.progress,
+    )
+
+
+def load(trainer: Trainer, folder: Path) -> None:
+    load_checkpoint(folder, trainer.model, trainer.optimizers, trainer.scaler)
+
+
+@pytest.mark.parametrize(
+    ("harm", "message"),
+    [
+        (lambda state: (state / "state.json").unlink(), "no checkpoint to resume from"),
+        (lambda state: (state / "state.json").write_text("{"), "damaged checkpoint, state.json"),
+        (lambda state: (state / "state.json").write_text("{}"), "damaged checkpoint"),
+        (lambda state: (state / "optimizer.safetensors").unlink(), "damaged checkpoint"),
+        (lambda state: os.truncate(state / "optimizer.safetensors", 100), "damaged checkpoint"),
+        (lambda state: save_file({}, state / "optimizer.safetensors"), "damaged checkpoint"),
+        (lambda state: (state.parent / "model.safetensors").unlink(), "no such file"),
+        (lambda state: os.truncate(state.parent / "model.safetensors", 100), "damaged"),
+    ],
+)
+def test_a_damaged_checkpoint_is_refused(
+    make_trainer: Callable[..., Trainer],
+    tmp_path: Path,
+    harm: Callable[[Path], object],
+    message: str,
+) -> None:
+    trainer = make_trainer()
+    trainer.step(0)
+    save(trainer, tmp_path / "last")
+    harm(tmp_path / "last" / "train_state")
+    with pytest.raises(ValueError, match=message):
+        load(make_trainer(), tmp_path / "last")
+
+
+def test_settings_of_a_run_that_cannot_be_read(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"not a run folder \(no config.json\)"):
+        read_run_config(tmp_path)
+    for content in ("{", "[]", "{}", '{"preset": "x", "model": {"depth": 1}}'):
+        (tmp_path / "config.json").write_text(content)
+        with pytest.raises(ValueError, match="not the settings of a run"):
+            read_run_config(tmp_path)

@@ -1,0 +1,190 @@
+"""RMSNorm in Triton: one program per row forward, one per block of rows backward.
+
+A row is held in registers whole, so each pass reads its tensors once. The arithmetic is float32
+(float64 for float64 input), whatever the storage. The gradient of the weight is summed over a block
+of rows by the block's program and over the blocks afterwards, always in the same order: no atomics,
+so a run gives the same bits every time.
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+LONGEST_ROW = 16384
+"""Above this a row no longer fits the registers of one forward program."""
+WHOLE_ROW = 4096
+"""Above this the backward would spill: 2.4 kB a thread at 16,384 columns on sm_80."""
+MOST_BLOCKS = 512
+"""At most this many partial sums of dweight: a few for every multiprocessor of any card."""
+
+
+@triton.jit
+def forward_kernel(
+    x_ptr,  # (N, D) contiguous
+    weight_ptr,  # (D,)
+    y_ptr,  # (N, D)
+    rstd_ptr,  # (N,) in the accumulation dtype
+    width,
+    eps,
+    BLOCK_D: tl.constexpr,
+    DOUBLE: tl.constexpr,
+):
+    ACC: tl.constexpr = tl.float64 if DOUBLE else tl.float32
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, BLOCK_D)
+    inside = columns < width
+    x = tl.load(x_ptr + row * width + columns, mask=inside, other=0.0).to(ACC)
+    weight = tl.load(weight_ptr + columns, mask=inside, other=0.0).to(ACC)
+    rstd = 1.0 / tl.sqrt(tl.sum(x * x, axis=0) / width + eps)
+    tl.store(rstd_ptr + row, rstd)
+    y = x * rstd * weight
+    tl.store(y_ptr + row * width + columns, y.to(y_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def backward_kernel(
+    dy_ptr,  # (N, D) contiguous
+    x_ptr,  # (N, D) contiguous
+    weight_ptr,  # (D,)
+    rstd_ptr,  # (N,)
+    dx_ptr,  # (N, D)
+    partial_ptr,  # (blocks, D) in the accumulation dtype
+    rows,
+    width,
+    rows_per_block,
+    BLOCK_D: tl.constexpr,
+    DOUBLE: tl.constexpr,
+):
+    ACC: tl.constexpr = tl.float64 if DOUBLE else tl.float32
+    block = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, BLOCK_D)
+    inside = columns < width
+    weight = tl.load(weight_ptr + columns, mask=inside, other=0.0).to(ACC)
+    dweight = tl.zeros([BLOCK_D], dtype=ACC)
+    first = block * rows_per_block
+    last = tl.minimum(first + rows_per_block, rows)
+    for row in range(first, last):
+        at = row * width + columns
+        rstd = tl.load(rstd_ptr + row)
+        dy = tl.load(dy_ptr + at, mask=inside, other=0.0).to(ACC)
+        x_hat = tl.load(x_ptr + at, mask=inside, other=0.0).to(ACC) * rstd
+        g = dy * weight
+        dx = rstd * (g - x_hat * (tl.sum(g * x_hat, axis=0) / width))
+        tl.store(dx_ptr + at, dx.to(dx_ptr.dtype.element_ty), mask=inside)
+        dweight += dy * x_hat
+    tl.store(partial_ptr + block * width + columns, dweight, mask=inside)
+
+
+@triton.jit
+def tiled_backward_kernel(
+    dy_ptr,  # as in backward_kernel
+    x_ptr,
+    weight_ptr,
+    rstd_ptr,
+    dx_ptr,
+    partial_ptr,  # zeros: each program adds to its own row
+    rows,
+    width,
+    rows_per_block,
+    BLOCK_D: tl.constexpr,
+    DOUBLE: tl.constexpr,
+):
+    ACC: tl.constexpr = tl.float64 if DOUBLE else tl.float32
+    block = tl.program_id(0).to(tl.int64)
+    first = block * rows_per_block
+    last = tl.minimum(first + rows_per_block, rows)
+    for row in range(first, last):
+        rstd = tl.load(rstd_ptr + row)
+        sums = tl.zeros([BLOCK_D], dtype=ACC)
+        for start in range(0, width, BLOCK_D):
+            columns = start + tl.arange(0, BLOCK_D)
+            inside = columns < width
+            weight = tl.load(weight_ptr + columns, mask=inside, other=0.0).to(ACC)
+            dy = tl.load(dy_ptr + row * width + columns, mask=inside, other=0.0).to(ACC)
+            x = tl.load(x_ptr + row * width + columns, mask=inside, other=0.0).to(ACC)
+            sums += dy * weight * (x * rstd)
+        mean = tl.sum(sums, axis=0) / width
+        # The second read of the row comes from the cache.
+        for start in range(0, width, BLOCK_D):
+            columns = start + tl.arange(0, BLOCK_D)
+            inside = columns < width
+            weight = tl.load(weight_ptr + columns, mask=inside, other=0.0).to(ACC)
+            dy = tl.load(dy_ptr + row * width + columns, mask=inside, other=0.0).to(ACC)
+            x = tl.load(x_ptr + row * width + columns, mask=inside, other=0.0).to(ACC)
+            x_hat = x * rstd
+            dx = rstd * (dy * weight - x_hat * mean)
+            tl.store(
+                dx_ptr + row * width + columns, dx.to(dx_ptr.dtype.element_ty), mask=inside
+            )
+            partial_at = partial_ptr + block * width + columns
+            dweight = tl.load(partial_at, mask=inside, other=0.0) + dy * x_hat
+            tl.store(partial_at, dweight, mask=inside)
+
+
+def launch_options(width: int) -> dict[str, int]:
+    """Block size and warps for whole rows of ``width``: up to thirty-two elements a thread."""
+    block = triton.next_power_of_2(max(width, 1))
+    return {"BLOCK_D": block, "num_warps": min(max(block // 512, 1), 16)}
+
+
+def backward_kernel_for(width: int) -> tuple[Any, dict[str, int]]:
+    """The backward's kernel and its launch options.
+
+    Row, weight and their part of dweight in registers up to ``WHOLE_ROW`` columns; a longer row
+    is walked in tiles.
+    """
+    if width <= WHOLE_ROW:
+        return backward_kernel, launch_options(width)
+    return tiled_backward_kernel, {"BLOCK_D": 2048, "num_warps": 8}
+
+
+def _check_width(width: int) -> None:
+    if width > LONGEST_ROW:
+        raise ValueError(f"rms_norm: triton serves rows up to {LONGEST_ROW}, got {width}")
+
+
+def rms_norm_forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """See :func:`pyllm.reference.rms_norm.rms_norm_forward`."""
+    _check_width(x.shape[-1])
+    width = x.shape[-1]
+    double = x.dtype == torch.float64
+    x, weight = x.contiguous(), weight.contiguous()
+    y = torch.empty_like(x)
+    rstd = x.new_empty(x.shape[:-1], dtype=torch.float64 if double else torch.float32)
+    if rstd.numel() and width:
+        forward_kernel[(rstd.numel(),)](
+            x, weight, y, rstd, width, eps, DOUBLE=double, **launch_options(width)
+        )
+    return y, rstd
+
+
+def rms_norm_backward(
+    dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor
+) -> tuple[Tensor, Tensor]:
+    """See :func:`pyllm.reference.rms_norm.rms_norm_backward`."""
+    width, rows = x.shape[-1], rstd.numel()
+    dy, x, weight, rstd = dy.contiguous(), x.contiguous(), weight.contiguous(), rstd.contiguous()
+    dx = torch.empty_like(x)
+    if rows == 0 or width == 0:
+        return dx, torch.zeros_like(weight)
+    rows_per_block = triton.cdiv(rows, MOST_BLOCKS)
+    blocks = triton.cdiv(rows, rows_per_block)
+    partial = torch.zeros(blocks, width, dtype=rstd.dtype, device=x.device)
+    kernel, options = backward_kernel_for(width)
+    kernel[(blocks,)](
+        dy,
+        x,
+        weight,
+        rstd,
+        dx,
+        partial,
+        rows,
+        width,
+        rows_per_block,
+        DOUBLE=rstd.dtype == torch.float64,
+        **options,
+    )
+    return dx, partial.sum(0).to(weight.dtype)
