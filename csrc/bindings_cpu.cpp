@@ -105,4 +105,7 @@ PYBIND11_MODULE(_cpu, module) {
   PYLLM_DEFINE(accumulate);
   PYLLM_DEFINE(pack_heads);
   PYLLM_DEFINE(unpack_heads);
+  PYLLM_DEFINE(attention_softmax);
+  PYLLM_DEFINE(attention_softmax_gradient);
+  PYLLM_DEFINE(attention_delta);
 }

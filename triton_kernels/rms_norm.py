@@ -116,9 +116,7 @@ def tiled_backward_kernel(
             x = tl.load(x_ptr + row * width + columns, mask=inside, other=0.0).to(ACC)
             x_hat = x * rstd
             dx = rstd * (dy * weight - x_hat * mean)
-            tl.store(
-                dx_ptr + row * width + columns, dx.to(dx_ptr.dtype.element_ty), mask=inside
-            )
+            tl.store(dx_ptr + row * width + columns, dx.to(dx_ptr.dtype.element_ty), mask=inside)
             partial_at = partial_ptr + block * width + columns
             dweight = tl.load(partial_at, mask=inside, other=0.0) + dy * x_hat
             tl.store(partial_at, dweight, mask=inside)
@@ -161,9 +159,7 @@ def rms_norm_forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Ten
     return y, rstd
 
 
-def rms_norm_backward(
-    dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor
-) -> tuple[Tensor, Tensor]:
+def rms_norm_backward(dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
     """See :func:`pyllm.reference.rms_norm.rms_norm_backward`."""
     width, rows = x.shape[-1], rstd.numel()
     dy, x, weight, rstd = dy.contiguous(), x.contiguous(), weight.contiguous(), rstd.contiguous()

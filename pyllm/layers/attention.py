@@ -43,9 +43,8 @@ class CausalSelfAttention(nn.Module):
         else:
             # Queries and keys lie side by side and are turned in one call.
             n_turned = self.heads[0] + self.heads[1]
-            turned_BTJK = rope(qkv_BTJK[:, :, :n_turned], *rotary)
-            q_BTHK, k_BTGK = turned_BTJK.split(self.heads[:2], dim=2)
-            v_BTGK = qkv_BTJK[:, :, n_turned:]
+            qk_BTJK, v_BTGK = qkv_BTJK.split([n_turned, self.heads[2]], dim=2)
+            q_BTHK, k_BTGK = rope(qk_BTJK, *rotary).split(self.heads[:2], dim=2)
         if cache is not None:
             k_BTGK, v_BTGK = cache.append(layer, k_BTGK, v_BTGK)
         y_BTHK = attention(q_BTHK, k_BTGK, v_BTGK, window=self.window)

@@ -90,7 +90,7 @@ def choose_face(op: str, device_type: str, face: str | None) -> str:
 
 def autocast_dtype(device_type: str) -> torch.dtype | None:
     """The dtype of an active autocast region on this device, or None outside of one."""
-    if torch.is_autocast_enabled(device_type):
+    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
         return torch.get_autocast_dtype(device_type)
     return None
 
@@ -127,8 +127,16 @@ def register(
         for key in _DEVICE_KEYS:
             LIBRARY.impl(name, run, key)
         torch.library.register_fake(f"pyllm::{name}", fake, lib=LIBRARY)
+    n_inputs = forward.partition("->")[0].count(",") + 1
+
+    def gradient_or_none(ctx: Any, *upstream: Any) -> Any:
+        # Doors that do not let autograd make zeros are called with None where nothing flows back.
+        if all(each is None for each in upstream):
+            return (None,) * n_inputs
+        return gradient(ctx, *upstream)
+
     torch.library.register_autograd(
-        f"pyllm::{op}_forward", gradient, setup_context=setup_context, lib=LIBRARY
+        f"pyllm::{op}_forward", gradient_or_none, setup_context=setup_context, lib=LIBRARY
     )
 
 

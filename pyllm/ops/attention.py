@@ -95,6 +95,7 @@ def _fake_backward(
 def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     q, k, v, ctx.scale, ctx.causal, ctx.window, ctx.face = inputs
     ctx.save_for_backward(q, k, v, *output)
+    ctx.set_materialize_grads(False)  # no zeros for what has no gradient
     ctx.mark_non_differentiable(output[1])
 
 

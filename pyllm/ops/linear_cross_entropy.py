@@ -91,6 +91,7 @@ def _fake_backward(
 def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     x, weight, targets, ctx.ignore_index, ctx.face = inputs
     ctx.save_for_backward(x, weight, targets, output[1])
+    ctx.set_materialize_grads(False)  # no zeros for what has no gradient
     ctx.mark_non_differentiable(output[1])
 
 

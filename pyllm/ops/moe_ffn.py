@@ -113,6 +113,7 @@ def _fake_backward(
 def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     x, w_in, w_out, weights, _, ctx.activation, ctx.face = inputs
     ctx.save_for_backward(x, w_in, w_out, weights, *output[1:])
+    ctx.set_materialize_grads(False)  # no zeros for what has no gradient
     ctx.mark_non_differentiable(*output[1:])
 
 

@@ -27,15 +27,16 @@ def orthogonalise(matrix: Tensor, steps: int = 5) -> Tensor:
     ``X <- a X + (b A + c A^2) X`` with ``A = X X^T``, from X of unit Frobenius norm.
     """
     a, b, c = _QUINTIC
-    x = matrix.bfloat16()
+    x = matrix.reshape(-1, *matrix.shape[-2:]).bfloat16()
     tall = x.shape[-2] > x.shape[-1]
     if tall:
         x = x.mT
     x = x / x.norm(dim=(-2, -1), keepdim=True).clamp_min(1e-7)
     for _ in range(steps):
         gram = x @ x.mT
-        x = a * x + (b * gram + c * (gram @ gram)) @ x
-    return (x.mT if tall else x).to(matrix.dtype)
+        polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        x = torch.baddbmm(x, polynomial, x, beta=a)
+    return (x.mT if tall else x).reshape(matrix.shape).to(matrix.dtype)
 
 
 class Muon(torch.optim.Optimizer):

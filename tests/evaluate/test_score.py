@@ -13,9 +13,7 @@ from pyllm.evaluate import bits_per_byte, validation_loss
 from pyllm.models import ModelConfig, Transformer
 from pyllm.tokenizers import Tokenizer, train_bpe
 
-CONFIG = ModelConfig(
-    vocab_size=300, max_seq_len=1100, n_layers=2, d_model=32, d_ff=32, n_experts=4
-)
+CONFIG = ModelConfig(vocab_size=300, max_seq_len=1100, n_layers=2, d_model=32, d_ff=32, n_experts=4)
 LONG_WORDS = "\u043f\u0440\u0438\u0432\u0435\u0442 \u4f60\u597d \U0001f600 "  # 2, 3 and 4 bytes
 STORIES = [
     "Once upon a time there was a fox.",
@@ -122,9 +120,7 @@ def test_a_context_that_is_too_short(tokenizer: Tokenizer) -> None:
 def test_validation_loss_is_the_mean_over_all_tokens() -> None:
     model = random_model()
     torch.manual_seed(1)
-    batches = [
-        (torch.randint(300, (rows, 9)), torch.randint(300, (rows, 9))) for rows in (1, 3)
-    ]
+    batches = [(torch.randint(300, (rows, 9)), torch.randint(300, (rows, 9))) for rows in (1, 3)]
     batches[1][1][0, 4:] = -100  # these count nowhere
     losses = []
     for inputs, targets in batches:

@@ -12,9 +12,7 @@ from pyllm.ops import available_faces, rms_norm
 from pyllm.ops._registry import FACE_PACKAGES, face_module
 from pyllm.testing import OPERATIONS
 
-FACES = [
-    (op, face) for op in OPERATIONS for face in available_faces(op) if face != "reference"
-]
+FACES = [(op, face) for op in OPERATIONS for face in available_faces(op) if face != "reference"]
 
 
 def _shape(function: object) -> list[tuple[str, object]]:

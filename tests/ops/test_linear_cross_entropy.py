@@ -1,4 +1,4 @@
-"""``linear_cross_entropy``: every face and the door, by its declaration; then what is particular to it."""
+"""``linear_cross_entropy``: its faces and door, by declaration; then what is particular to it."""
 
 import pytest
 import torch
@@ -30,7 +30,7 @@ def test_no_row_counts() -> None:
     x = torch.randn(3, 4, requires_grad=True)
     loss = linear_cross_entropy(x, torch.randn(5, 4), torch.full((3,), -100))
     loss.backward()
-    assert float(loss) == 0 and not x.grad.any()
+    assert loss.item() == 0 and not x.grad.any()
 
 
 def test_another_ignore_index() -> None:

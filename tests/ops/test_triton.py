@@ -16,9 +16,7 @@ SHARED_MEMORY = {80: 163 * 1024, 86: 99 * 1024, 90: 227 * 1024}
 
 @pytest.mark.slow
 def test_kernels_fit_the_cards(tmp_path: Path) -> None:
-    environment = {
-        name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"
-    }
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     result = subprocess.run(
         [sys.executable, str(Path(__file__).with_name("triton_compile.py"))],
         env={**environment, "TRITON_CACHE_DIR": str(tmp_path)},

@@ -14,11 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import triton
+from pyllm.triton_kernels import rms_norm
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
-
-from pyllm.triton_kernels import rms_norm
 
 CAPABILITIES = (80, 86, 90)
 WIDTHS = (100, 2048, 8192, 16384)
@@ -63,7 +62,14 @@ def spilled_bytes(ptx: str, capability: int) -> int:
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "kernel.ptx"
         source.write_text(ptx)
-        command = [get_ptxas(capability).path, "-v", f"-arch=sm_{capability}", source, "-o", source.with_suffix("")]
+        command = [
+            get_ptxas(capability).path,
+            "-v",
+            f"-arch=sm_{capability}",
+            source,
+            "-o",
+            source.with_suffix(""),
+        ]
         # An `a` suffix (sm_90a) in the PTX must be repeated to the assembler.
         if target := re.search(r"\.target (sm_\w+)", ptx):
             command[2] = f"-arch={target[1]}"

@@ -95,7 +95,14 @@ def test_missing_tokenizer(error: Answer) -> None:
 
 def test_sequences_longer_than_the_context(error: Answer) -> None:
     message = error(
-        "--n-stories", 50, "--model.vocab-size", 300, "--model.max-seq-len", 64, "--train.seq-len", 65
+        "--n-stories",
+        50,
+        "--model.vocab-size",
+        300,
+        "--model.max-seq-len",
+        64,
+        "--train.seq-len",
+        65,
     )
     assert "train.seq_len (65) exceeds the model's context: raise --model.max-seq-len" in message
 

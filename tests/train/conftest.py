@@ -13,7 +13,7 @@ import torch
 from pyllm.data import TokenFile, write_stories, write_tokens
 from pyllm.models import ModelConfig, Transformer
 from pyllm.tokenizers import Tokenizer, train_bpe
-from pyllm.train import Trainer, TrainConfig
+from pyllm.train import TrainConfig, Trainer
 from pyllm.train.trainer import seed_everything
 
 TINY = ModelConfig(

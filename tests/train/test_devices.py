@@ -19,9 +19,7 @@ def pretend(
     ("cuda", "mps", "chosen"),
     [(True, True, "cuda"), (True, False, "cuda"), (False, True, "mps"), (False, False, "cpu")],
 )
-def test_auto_device(
-    monkeypatch: pytest.MonkeyPatch, cuda: bool, mps: bool, chosen: str
-) -> None:
+def test_auto_device(monkeypatch: pytest.MonkeyPatch, cuda: bool, mps: bool, chosen: str) -> None:
     pretend(monkeypatch, cuda=cuda, mps=mps)
     assert device.choose_device("auto").type == chosen
     assert device.choose_device("cpu").type == "cpu"

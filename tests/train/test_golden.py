@@ -26,13 +26,23 @@ def losses(what: str, optimizer: str, folder: Path) -> list[float]:
     from pyllm.data import write_stories, write_tokens
     from pyllm.models import ModelConfig, Transformer, preset
     from pyllm.tokenizers import train_bpe
-    from pyllm.train import TRAIN_PRESETS, Trainer, TrainConfig
+    from pyllm.train import TRAIN_PRESETS, TrainConfig, Trainer
     from pyllm.train.trainer import seed_everything
 
     if what == "golden":
-        model = ModelConfig(vocab_size=300, n_layers=2, d_model=32, d_ff=32, n_experts=4)
+        # Muon rounds its directions to bfloat16, so that a last bit anywhere can flip the choice
+        # between two nearly equal experts (1.6e-4 of the loss from one CPU face to another): it
+        # gets a model in which every expert runs.
+        model = ModelConfig(
+            vocab_size=300,
+            n_layers=2,
+            d_model=32,
+            d_ff=32,
+            n_experts=4,
+            top_k=4 if optimizer == "muon" else 2,
+        )
         config = TrainConfig(
-            max_steps=5, batch_size=8, seq_len=32, warmup_steps=1, learning_rate=2e-2
+            max_steps=5, batch_size=8, seq_len=32, warmup_steps=1, learning_rate=4e-3
         )
     else:
         model = preset("moe-tiny")
@@ -77,7 +87,7 @@ def test_losses_are_the_committed_ones() -> None:
     assert found.keys() == golden.keys() == {"adamw", "muon"}
     for optimizer, expected in golden.items():
         assert found[optimizer] == pytest.approx(expected, rel=1e-4), optimizer
-        assert expected[0] - expected[-1] > 0.1, "the updates must show in these losses"
+        assert expected[0] - expected[-1] > 0.05, "the updates must show in these losses"
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""One optimiser step: what gets a gradient, what is averaged, what happens when it is not finite."""
+"""One optimiser step: what gets a gradient, what is averaged, what is skipped."""
 
 import math
 from collections.abc import Callable
@@ -71,9 +71,7 @@ def test_an_unused_expert_gets_none(
     make_trainer: Callable[..., Trainer], tiny: ModelConfig
 ) -> None:
     # Three tokens choose one expert each: of eight, at least five stay idle.
-    trainer = make_trainer(
-        replace(tiny, n_experts=8, top_k=1), batch_size=1, seq_len=3, z_coef=0.0
-    )
+    trainer = make_trainer(replace(tiny, n_experts=8, top_k=1), batch_size=1, seq_len=3, z_coef=0.0)
     gradients = record_gradients(trainer)
     metrics = trainer.step(0)
     for layer, shares in enumerate(metrics["expert_load"]):
@@ -199,7 +197,8 @@ def test_a_dead_expert_is_named(
     messages = [str(warning.message) for warning in caught]
     for layer in range(2):
         dead = [
-            e for e, shares in enumerate(zip(first[layer], second[layer], strict=True))
+            e
+            for e, shares in enumerate(zip(first[layer], second[layer], strict=True))
             if not any(shares)
         ]
         assert (
@@ -226,7 +225,7 @@ def test_a_dense_model_has_no_expert_load(
 
 
 def test_validation_is_the_same_each_time_and_draws_nothing(
-    make_trainer: Callable[..., Trainer]
+    make_trainer: Callable[..., Trainer],
 ) -> None:
     trainer = make_trainer()
     state = torch.get_rng_state()
@@ -237,9 +236,7 @@ def test_validation_is_the_same_each_time_and_draws_nothing(
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_a_sample_disturbs_nothing(
-    make_trainer: Callable[..., Trainer], tmp_path: Path
-) -> None:
+def test_a_sample_disturbs_nothing(make_trainer: Callable[..., Trainer], tmp_path: Path) -> None:
     told, silent = make_trainer(), make_trainer()
     with RunLog(tmp_path, 5, 0, Console(quiet=True)) as log:
         told.sample(log)

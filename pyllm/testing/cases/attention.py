@@ -36,6 +36,10 @@ def _interleaved_heads(run: Run, a: Arguments) -> tuple[Tensor, ...]:
     return run({**a, "k": a["k"][:, :, at], "v": a["v"][:, :, at]})
 
 
+def _swap_keys_and_values(run: Run, a: Arguments) -> tuple[Tensor, ...]:
+    return run({**a, "k": a["v"], "v": a["k"]})
+
+
 def _missing_delta(run: Run, a: Arguments) -> tuple[Tensor, ...]:
     """dS without the row sum of dY * Y."""
     dq, dk, _ = run({**a, "y": torch.zeros_like(a["y"])})
@@ -85,7 +89,7 @@ MUTANTS = (
     given("scale missing", "forward", "scale", lambda scale: 1.0),
     given("scale squared", "forward", "scale", lambda scale: scale * scale),
     given("queries off by one", "forward", "q", _shifted_query),
-    given("keys and values swapped", "forward", "k", lambda k: k.flip(-1)),
+    Mutant("keys and values swapped", "forward", _swap_keys_and_values),
     given("value head off by one", "forward", "v", lambda v: v.roll(1, dims=2)),
     Mutant("kv heads interleaved", "forward", _interleaved_heads),
     returned("lse in base 2", "forward", 1, lambda lse: lse / math.log(2)),
@@ -94,7 +98,7 @@ MUTANTS = (
     given("backward: window off by one", "backward", "window", _window_off_by_one),
     given("backward: lse wrong", "backward", "lse", lambda lse: lse + 0.1),
     partly("dq: scale missing", "backward", 0, "scale", lambda scale: 1.0),
-    returned("dk: scale twice", "backward", 1, lambda dk: dk * 0.5),
+    returned("dk: halved", "backward", 1, lambda dk: dk * 0.5),
     Mutant("dq and dk: delta missing", "backward", _missing_delta),
     Mutant("dk and dv: first query head only", "backward", _first_query_head_only),
     partly("dv: last query not added", "backward", 2, "dy", lambda dy: drop_last(dy, 1)),
@@ -162,10 +166,24 @@ ATTENTION = Operation(
     ),
     bench={
         "moe-tiny": {
-            "T": 256, "past": 0, "B": 8, "G": 4, "J": 1, "K": 64, "window": 0, "causal": True,
+            "T": 256,
+            "past": 0,
+            "B": 8,
+            "G": 4,
+            "J": 1,
+            "K": 64,
+            "window": 0,
+            "causal": True,
         },
         "decode": {
-            "T": 1, "past": 1023, "B": 1, "G": 4, "J": 2, "K": 64, "window": 0, "causal": True,
+            "T": 1,
+            "past": 1023,
+            "B": 1,
+            "G": 4,
+            "J": 2,
+            "K": 64,
+            "window": 0,
+            "causal": True,
         },
     },
     work=_work,

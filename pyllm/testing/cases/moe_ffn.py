@@ -48,10 +48,6 @@ def _off_by_one(w: Tensor) -> Tensor:
     return w.roll(1, dims=0)
 
 
-def _other_activation(activation: str) -> str:
-    return "gelu" if activation == "gelu" else "swiglu"
-
-
 def _no_activation(run: Run, a: Arguments) -> tuple[Tensor, ...]:
     """The hidden rows are the pre-activation itself (its first half where gated)."""
     _, pre, order, position, offsets = run(a)
@@ -185,10 +181,22 @@ MOE_FFN = Operation(
     ),
     bench={
         "moe-tiny": {
-            "N": 2048, "D": 256, "F": 384, "E": 8, "A": 2, "load": "even", "act": "swiglu",
+            "N": 2048,
+            "D": 256,
+            "F": 384,
+            "E": 8,
+            "A": 2,
+            "load": "even",
+            "act": "swiglu",
         },
         "moe-158m": {
-            "N": 512, "D": 512, "F": 864, "E": 16, "A": 2, "load": "even", "act": "swiglu",
+            "N": 512,
+            "D": 512,
+            "F": 864,
+            "E": 16,
+            "A": 2,
+            "load": "even",
+            "act": "swiglu",
         },
     },
     work=_work,

@@ -1,8 +1,9 @@
 """``rms_norm``, declared once."""
 
 import torch
+from torch import Tensor
 
-from pyllm.testing.declaration import Arguments, Draw, Mutant, Operation, Output, Sizes
+from pyllm.testing.declaration import Arguments, Draw, Mutant, Operation, Output, Run, Sizes
 from pyllm.testing.faults import all_zeros, common, drop_last, given, partly, returned
 
 
@@ -14,7 +15,12 @@ def _inputs(sizes: Sizes, draw: Draw) -> Arguments:
     }
 
 
-def _without_projection(run, a):  # type: ignore[no-untyped-def]
+def _sum_of_squares(run: Run, a: Arguments) -> tuple[Tensor, ...]:
+    y, rstd = run(a)
+    return y / a["x"].shape[-1] ** 0.5, rstd / a["x"].shape[-1] ** 0.5
+
+
+def _without_projection(run: Run, a: Arguments) -> tuple[Tensor, ...]:
     """dx without its second path, the one through the root mean square."""
     wide = a["rstd"].dtype
     dx = a["rstd"].unsqueeze(-1) * a["dy"].to(wide) * a["weight"].to(wide)
@@ -29,7 +35,7 @@ MUTANTS = (
     returned("y: last column dropped", "forward", 0, lambda y: drop_last(y, -1)),
     given("weight left out", "forward", "weight", torch.ones_like),
     given("eps left out", "forward", "eps", lambda eps: 0.0),
-    given("sum of squares instead of mean", "forward", "x", lambda x: x * x.shape[-1] ** 0.5),
+    Mutant("sum of squares instead of mean", "forward", _sum_of_squares),
     returned("rstd not inverted", "forward", 1, torch.reciprocal),
     Mutant("dx: path through the mean left out", "backward", _without_projection),
     given("dx: weight left out", "backward", "weight", torch.ones_like),
@@ -51,12 +57,20 @@ RMS_NORM = Operation(
     },
     extra=({"N": 3, "D": 16384}, {"N": 8192, "D": 3}),
     tiny={"N": 3, "D": 5},
-    smoke=({"N": 0, "D": 4}, {"N": 1, "D": 1}, {"N": 5, "D": 33}, {"N": 17, "D": 100}),
+    smoke=(
+        {"N": 0, "D": 4},
+        {"N": 1, "D": 1},
+        {"N": 5, "D": 33},
+        {"N": 17, "D": 100},
+        {"N": 3, "D": 5000},  # longer than a Triton program holds at once
+    ),
     bench={"moe-tiny": {"N": 8192, "D": 256}, "wide": {"N": 2048, "D": 2048}},
     # x and weight are read, y is written; square, add, two products an element.
     work=lambda s, item: (4.0 * s["N"] * s["D"], item * (2.0 * s["N"] * s["D"] + s["D"])),
     # A row of one element is its own root mean square: only eps keeps dx from zero.
-    degenerate=lambda s: frozenset({"dx"} if s["D"] == 1 else ())
-    | frozenset({"dx", "dweight"} if s["N"] == 0 else ()),
+    degenerate=lambda s: (
+        frozenset({"dx"} if s["D"] == 1 else ())
+        | frozenset({"dx", "dweight"} if s["N"] == 0 else ())
+    ),
     mutants=MUTANTS,
 )

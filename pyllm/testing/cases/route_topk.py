@@ -121,9 +121,7 @@ ROUTE_TOPK = Operation(
         item * s["N"] * s["E"] + 8.0 * s["N"] * s["A"],
     ),
     degenerate=lambda s: (
-        frozenset({"weights", "balance_loss", "z_loss", "dlogits"})
-        if s["N"] == 0
-        else frozenset()
+        frozenset({"weights", "balance_loss", "z_loss", "dlogits"}) if s["N"] == 0 else frozenset()
     ),
     mutants=MUTANTS,
 )

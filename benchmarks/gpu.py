@@ -1,0 +1,306 @@
+"""Everything a GPU can tell in ten minutes, under the memory of a small card.
+
+    python benchmarks/gpu.py
+
+Trains moe-158m-gpt on TinyStories with GPT-2's vocabulary, times decoding, and times every
+operation on every face. Writes ``benchmarks/results/gpu-<card>-<date>.json`` after each part.
+``--device cpu --toy`` runs the same code at toy size.
+"""
+
+import os
+import re
+import statistics
+import sys
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from pyllm._cli import run
+
+if TYPE_CHECKING:
+    import torch
+
+    from pyllm.data import TokenFile
+    from pyllm.models import ModelConfig
+    from pyllm.tokenizers import Tokenizer
+    from pyllm.train import TrainConfig, Trainer
+
+HERE = Path(__file__).resolve().parent
+SHARED = Path(os.environ.get("PYLLM_SHARED_DATA") or HERE.parents[1] / "shared" / "data")
+PROBE_STEPS = 20
+
+
+@dataclass
+class Config:
+    """Train, decode and time operations on a GPU."""
+
+    data: Path = SHARED / "tinystories" / "train.txt"
+    """Text to train on."""
+    valid: Path = SHARED / "tinystories" / "valid.txt"
+    """Text to validate on."""
+    gpt2_folder: Path = SHARED / "tokenizer"
+    """Folder with gpt2_vocab.bpe and gpt2_encoder.json."""
+    device: Literal["cuda", "mps", "cpu"] = "cuda"
+    """Where to run."""
+    minutes: float = 4.0
+    """Of training; how many steps that is, is found from the first 20."""
+    memory_gib: float = 3.4
+    """Most memory PyTorch may allocate on a CUDA device; the context comes on top."""
+    optimizer: Literal["adamw", "muon"] = "muon"
+    """As in train_moe.py."""
+    batch_size: int = 8
+    """Sequences in a micro-batch; halved for as long as memory does not suffice."""
+    toy: bool = False
+    """Toy sizes on embedded stories: to see that everything works."""
+    results: Path = HERE / "results"
+    """Folder of the JSON file."""
+    out: str = ""
+    """Folder for token files and so on; empty: runs/gpu-<date>-<time>."""
+
+
+def main(config: Config) -> None:
+    """Measure part by part."""
+    sys.path.insert(0, str(HERE))
+    from _record import Record
+
+    from pyllm.train.device import choose_device
+    from pyllm.train.run import default_folder
+
+    if not config.minutes >= 0 or not config.memory_gib > 0 or config.batch_size < 1:
+        raise ValueError(
+            f"--minutes must not be negative, --memory-gib and --batch-size must be positive, got "
+            f"{config.minutes}, {config.memory_gib} and {config.batch_size}"
+        )
+    device = choose_device(config.device)
+    folder = Path(config.out or default_folder("gpu"))
+    facts = describe(device, config)
+    card = re.sub(r"[^a-z0-9]+", "-", facts["name"].lower()).strip("-")
+    record = Record(config.results, f"gpu-{card}{'-toy' if config.toy else ''}")
+    # Names rather than paths: the file is committed, and paths are this machine's own.
+    settings = {"data": config.data.name, "valid": config.valid.name}
+    for name in ("minutes", "memory_gib", "optimizer", "batch_size", "toy"):
+        settings[name] = getattr(config, name)
+    record.add(device=facts, settings=settings)
+    print(f"device: {facts}")
+    trained, trainer = train(config, device, folder)
+    record.add(training=trained)
+    record.add(decode=[] if trainer is None else decode(trainer, config.toy))
+    del trainer
+    record.add(operations=operations(device, config.toy))
+    print(record.path)
+
+
+def describe(device: "torch.device", config: Config) -> dict[str, Any]:
+    """Name and size of the device; caps what PyTorch may allocate on it."""
+    import torch
+
+    if device.type != "cuda":
+        return {"name": device.type}
+    properties = torch.cuda.get_device_properties(device)
+    share = config.memory_gib * 2**30 / properties.total_memory
+    if share < 1:
+        torch.cuda.set_per_process_memory_fraction(share)
+    return {
+        "name": properties.name,
+        "total_memory": properties.total_memory,
+        "allocator_cap": min(share, 1.0) * properties.total_memory,
+        "compute_capability": f"{properties.major}.{properties.minor}",
+        "multiprocessors": properties.multi_processor_count,
+        "cuda": torch.version.cuda,
+    }
+
+
+def prepare(
+    config: Config, folder: Path
+) -> tuple["ModelConfig", "TrainConfig", "Tokenizer", "TokenFile", "TokenFile", list[str]]:
+    """Model and training settings, tokenizer, token files, validation stories."""
+    from pyllm.data import read_texts, write_stories, write_tokens
+    from pyllm.models import preset
+    from pyllm.tokenizers import Tokenizer, train_bpe
+    from pyllm.train import TRAIN_PRESETS
+
+    model, training = preset("moe-158m-gpt"), TRAIN_PRESETS["moe-158m-gpt"]
+    if config.toy:
+        texts, valid = list(write_stories(100, 0)), list(write_stories(4, 0, "valid"))
+        tokenizer = train_bpe(texts, 300)
+        model = replace(model, vocab_size=300, n_layers=2, d_model=32, n_heads=2, n_kv_heads=2)
+        model = replace(model, d_ff=32, n_experts=4)
+        training = replace(training, seq_len=32, eval_tokens=512, warmup_steps=2)
+        tokens_per_step = 512
+    else:
+        valid = list(read_texts(config.valid))
+        texts = read_texts(config.data)
+        tokenizer = Tokenizer.from_gpt2(
+            config.gpt2_folder / "gpt2_vocab.bpe", config.gpt2_folder / "gpt2_encoder.json"
+        )
+        training = replace(training, seq_len=512, warmup_steps=100)
+        tokens_per_step = 16_384
+    sequences = tokens_per_step // training.seq_len
+    batch_size = min(config.batch_size, sequences)
+    training = replace(
+        training,
+        batch_size=batch_size,
+        accumulation=max(sequences // batch_size, 1),
+        optimizer=config.optimizer,
+        device=config.device,
+    )
+    train_file = write_tokens(texts, tokenizer, folder / "tokens" / "train.bin")
+    valid_file = write_tokens(valid, tokenizer, folder / "tokens" / "valid.bin")
+    return model, training, tokenizer, train_file, valid_file, valid
+
+
+def train(
+    config: Config, device: "torch.device", folder: Path
+) -> tuple[dict[str, Any], "Trainer | None"]:
+    """Train for ``minutes``; what it cost and what it gave, and the trainer with its model."""
+    import torch
+
+    from pyllm.evaluate import bits_per_byte
+    from pyllm.generate import peak_memory_bytes
+    from pyllm.models import Transformer
+    from pyllm.train import Trainer
+    from pyllm.train.device import autocast, choose_dtype
+    from pyllm.train.trainer import seed_everything
+
+    (folder / "tokens").mkdir(parents=True, exist_ok=True)
+    model_config, training, tokenizer, train_file, valid_file, valid = prepare(config, folder)
+    dtype = choose_dtype(training.dtype, device)
+    end = time.perf_counter() + config.minutes * 60
+    while True:
+        seed_everything(training.seed)
+        model = Transformer(model_config).to(device)
+        trainer = Trainer(model, tokenizer, train_file, valid_file, training, folder, device, dtype)
+        try:
+            seconds, losses, skipped = train_steps(trainer, end - time.perf_counter())
+            break
+        except torch.cuda.OutOfMemoryError as error:
+            reason = str(error)
+        del trainer, model
+        torch.cuda.empty_cache()
+        if training.batch_size == 1:
+            print(f"out of memory with one sequence a micro-batch: {reason}")
+            return {"error": reason, "settings": asdict(training)}, None
+        training = replace(
+            training,
+            batch_size=training.batch_size // 2,
+            accumulation=training.accumulation * 2,
+        )
+        print(f"out of memory; now {training.batch_size} sequences a micro-batch")
+    # Read before the validation, which keeps nothing for a backward but takes larger batches.
+    peak = peak_memory_bytes(device)
+    bpb = bits_per_byte(model, tokenizer, valid, autocast(device, dtype))
+    settled = seconds[1:] if len(seconds) > 2 else seconds
+    low, middle, high = statistics.quantiles(settled, n=4)
+    result = {
+        "model": asdict(model_config),
+        "settings": asdict(training) | {"max_steps": len(losses)},
+        "dtype": str(dtype).removeprefix("torch."),
+        "steps": len(losses),
+        "step_seconds": {"median": middle, "lower_quartile": low, "upper_quartile": high},
+        "tokens_per_second": training.tokens_per_step / middle,
+        "peak_memory": peak,
+        "peak_reserved": torch.cuda.max_memory_reserved() if device.type == "cuda" else None,
+        "skipped_steps": skipped,
+        "train_loss": {"every": 10, "values": losses[::10], "last": losses[-1]},
+        "val_loss": trainer.validate(),
+        "val_bpb": bpb.value,
+        "val_bytes": bpb.bytes,
+    }
+    shown = ("steps", "tokens_per_second", "peak_memory", "val_loss", "val_bpb")
+    print("training:", {name: result[name] for name in shown})
+    return result, trainer
+
+
+def train_steps(trainer: "Trainer", budget: float) -> tuple[list[float], list[float], int]:
+    """Seconds and losses of as many steps as fit into ``budget`` seconds, at least the probe's.
+
+    The clock chooses the number of steps once, after the probe; the schedule is then that of a
+    run of so many steps. The probe lies in the warmup, which does not depend on their number.
+    """
+    seconds: list[float] = []
+    losses: list[float] = []
+    total, skipped = PROBE_STEPS, 0
+    trainer.model.train()
+    while len(losses) < total:
+        started = time.perf_counter()
+        metrics = trainer.step(len(losses))
+        trainer.progress.step += 1
+        seconds.append(time.perf_counter() - started)
+        losses.append(metrics["train_loss"])
+        skipped = metrics["skipped_steps"]
+        if len(losses) == PROBE_STEPS:
+            left = budget - sum(seconds)
+            total += max(int(left / statistics.median(seconds)), 0)
+            trainer.config = replace(trainer.config, max_steps=total)
+            print(f"{statistics.median(seconds):.3f} s a step: {total} steps")
+        elif len(losses) % 100 == 0:
+            print(f"step {len(losses)}/{total}  loss {losses[-1]:.3f}", flush=True)
+    return seconds, losses, skipped
+
+
+def decode(trainer: "Trainer", toy: bool) -> list[dict[str, Any]]:
+    """Latency of a token at batch 1, in half precision and in float32, and the memory."""
+    import torch
+
+    from pyllm.generate import peak_memory_bytes, time_decode
+
+    device = trainer.device
+    half = torch.bfloat16 if trainer.dtype == torch.float32 else trainer.dtype
+    trainer.optimizers.clear()
+    prompt, new = (8, 8) if toy else (128, 128)
+    found = []
+    for dtype in (torch.float32, half):  # in this order: the weights are rounded only once
+        model = trainer.model.eval().to(dtype)
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        times = time_decode(model, 1, prompt, new)
+        low, high = times.quartiles
+        found.append(
+            {
+                "dtype": str(dtype).removeprefix("torch."),
+                "prompt_tokens": prompt,
+                "prefill_seconds": times.prefill,
+                "median": times.median,
+                "lower_quartile": low,
+                "upper_quartile": high,
+                "fastest": min(times.steps),
+                "slowest": max(times.steps),
+                "peak_memory": peak_memory_bytes(device),
+            }
+        )
+        print("decode:", found[-1])
+    return found
+
+
+def operations(device: "torch.device", toy: bool) -> list[dict[str, Any]]:
+    """Forward and backward of each operation on each face, as ``benchmarks/ops.py`` times them."""
+    import torch
+    from ops import DTYPES, time_case
+
+    from pyllm.testing import OPERATIONS
+
+    names = ["fp32"] if toy else ["fp32", "fp16"]
+    if device.type == "cuda" and torch.cuda.is_bf16_supported(False):
+        names.append("bf16")
+    found = []
+    for operation in OPERATIONS.values():
+        bench = {"tiny": operation.tiny} if toy else operation.bench
+        for name in names:
+            for label, sizes in bench.items():
+                case = operation.case(sizes)
+                row: dict[str, Any] = {"op": case.op, "name": label, "dtype": name}
+                row["sizes"] = dict(case.sizes)
+                try:
+                    seconds = 0.01 if toy else 0.2
+                    row["rows"] = time_case(case, DTYPES[name], device.type, seconds, cold=False)
+                except Exception as error:  # one that fails must not cost the others' figures
+                    row["error"] = f"{type(error).__name__}: {error}"
+                found.append(row)
+                print("operation:", row, flush=True)
+    return found
+
+
+if __name__ == "__main__":
+    run(main, Config)

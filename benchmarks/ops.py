@@ -1,0 +1,235 @@
+"""Time the faces of the operations beside each other, at the sizes their declarations name.
+
+``python benchmarks/ops.py --op rms_norm`` runs every face that this machine has, forward and
+backward, taking turns so that a drift of the clock meets all of them alike. PyTorch's own fused
+operation is the ``torch`` face where there is one; the ratio is to it, else to the reference.
+Percentages are of the ceiling measured in the same run: a copy for bytes, a matrix product for
+operations. Writes ``benchmarks/results/ops-<cpu|card>-<date>.json``.
+"""
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # `python -m` and the tests import it too
+
+from _machine import card, describe, write_results
+from rich.console import Console
+from rich.table import Table
+
+from pyllm.ops._registry import face_module
+from pyllm.testing import OPERATIONS, OpCase
+from pyllm.testing.check import expectations, run_backward, run_forward
+from pyllm.testing.suite import faces_on
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+FACES = ("torch", "reference", "cpu", "triton")
+CACHE_BYTES = 256 * 2**20
+"""Written between two calls of a cold timing: more than a last-level cache holds."""
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of one call."""
+
+    median: float
+    low: float
+    high: float
+    calls: int
+
+
+def take_turns(
+    functions: Mapping[str, Callable[[], object]], seconds: float, device: str, cold: bool
+) -> dict[str, Timing]:
+    """Call every function in turn until ``seconds`` have passed for each.
+
+    Low and high are the first and the third quartile. ``cold`` flushes the caches before a call.
+    """
+    samples: dict[str, list[float]] = {name: [] for name in functions}
+    dirt = torch.empty(CACHE_BYTES if cold else 1, dtype=torch.int8, device=device)
+    for function in functions.values():
+        for _ in range(3):
+            function()
+    # What is flushed between two calls counts too, or a cold run would never end.
+    end = time.perf_counter() + seconds * len(functions)
+    while time.perf_counter() < end or min(map(len, samples.values())) < 5:
+        for name, function in functions.items():
+            if cold:
+                dirt.fill_(1)
+            samples[name].append(_seconds_of(function, device))
+    timings = {}
+    for name, values in samples.items():
+        low, median, high = statistics.quantiles(values, n=4)
+        timings[name] = Timing(median, low, high, len(values))
+    return timings
+
+
+def _seconds_of(function: Callable[[], object], device: str) -> float:
+    if device == "cuda":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    function()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def ceilings(dtype: torch.dtype, device: str) -> dict[str, float]:
+    """What this machine can do now: bytes/s of a copy, operations/s of a 2048 matrix product."""
+    source = torch.ones(64 * 2**20, device=device)  # 256 MiB: not from a cache
+    target = torch.empty_like(source)
+    a = torch.randn(2048, 2048, device=device).to(dtype)
+    timings = take_turns(
+        {"copy": lambda: target.copy_(source), "matmul": lambda: a @ a}, 0.5, device, cold=False
+    )
+    return {
+        "bytes_per_second": 2.0 * source.numel() * 4 / timings["copy"].low,
+        "flops_per_second": 2.0 * 2048**3 / timings["matmul"].low,
+    }
+
+
+def time_case(
+    case: OpCase, dtype: torch.dtype, device: str, seconds: float, cold: bool
+) -> list[dict[str, Any]]:
+    """One row for each stage and face; a face that cannot run here gives a row with its reason."""
+    available = [face for face in FACES if face_module(case.op, face) is not None]
+    inputs = case.make_inputs(dtype, device)
+    upstreams = expectations(case, dtype, device, 0)[2]
+    forward: dict[str, Callable[[], object]] = {}
+    backward: dict[str, Callable[[], object]] = {}
+    rows: list[dict[str, Any]] = []
+    for face in faces_on(device, available):
+        module = face_module(case.op, face)
+        try:
+            saved = run_forward(case, module, inputs)
+            forward[face] = lambda module=module: run_forward(case, module, inputs)
+            run_backward(case, module, inputs, saved, upstreams)
+        except (NotImplementedError, RuntimeError, ValueError) as error:
+            reason = str(error).splitlines()[0]
+            stage = "backward" if face in forward else "forward"
+            rows.append({"stage": stage, "face": face, "skipped": reason})
+            continue
+        backward[face] = lambda module=module, saved=saved: run_backward(
+            case, module, inputs, saved, upstreams
+        )
+    item = torch.finfo(dtype).bits // 8
+    flops, moved = case.operation.work(case.sizes, item)
+    for stage, functions in (("forward", forward), ("backward", backward)):
+        if not functions:
+            continue
+        timings = take_turns(functions, seconds, device, cold)
+        peer = timings.get("torch") or timings["reference"]
+        for face, timing in timings.items():
+            row = {"stage": stage, "face": face, **vars(timing)}
+            row["ratio_to_peer"] = timing.median / peer.median
+            if stage == "forward":  # the declaration states the work of a forward
+                row["bytes_per_second"] = moved / timing.median
+                row["flops_per_second"] = flops / timing.median
+            rows.append(row)
+    return rows
+
+
+def show(console: Console, title: str, rows: list[dict[str, Any]], top: dict[str, float]) -> None:
+    """Print one case as a table."""
+    table = Table(title=title, title_justify="left")
+    for column in ("stage", "face", "median", "quartiles", "calls", "x peer", "GB/s", "GFLOP/s"):
+        table.add_column(column, justify="left" if column in ("stage", "face") else "right")
+    for row in rows:
+        if "skipped" in row:
+            table.add_row(row["stage"], row["face"], "not here", row["skipped"][:24])
+            continue
+        rates = [
+            f"{row[key] / 1e9:.1f} ({100 * row[key] / top[key]:.0f}%)" if key in row else ""
+            for key in ("bytes_per_second", "flops_per_second")
+        ]
+        table.add_row(
+            row["stage"],
+            row["face"],
+            f"{row['median'] * 1e6:.1f} us",
+            f"{row['low'] * 1e6:.1f} - {row['high'] * 1e6:.1f}",
+            str(row["calls"]),
+            f"{row['ratio_to_peer']:.2f}",
+            *rates,
+        )
+    console.print(table)
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--op", nargs="+", choices=list(OPERATIONS), default=list(OPERATIONS), help="which to time"
+    )
+    parser.add_argument(
+        "--dtype", nargs="+", choices=list(DTYPES), default=["fp32", "bf16"], help="of the inputs"
+    )
+    parser.add_argument("--threads", type=int, default=None, help="CPU threads; default torch's")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default=None, help="default: the card")
+    parser.add_argument(
+        "--seconds", type=float, default=0.5, help="of calls for each face and stage"
+    )
+    parser.add_argument(
+        "--cold", action="store_true", help="flush the caches between calls (warm by default)"
+    )
+    options = parser.parse_args(arguments)
+    if options.threads is not None and options.threads < 1:
+        parser.error(f"--threads must be at least 1, got {options.threads}")
+    if options.seconds <= 0:
+        parser.error(f"--seconds must be above 0, got {options.seconds}")
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: this machine has no CUDA device; leave the flag out")
+    return options
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Time, print, write."""
+    options = parse(arguments)
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=120)  # into a file or a pipe: whole columns
+    machine = describe()
+    where = machine["card"] if device == "cuda" else machine["processor"]
+    console.print(f"{where}, {torch.get_num_threads()} threads, commit {machine['commit']}")
+    measured = []
+    for dtype_name in options.dtype:
+        dtype = DTYPES[dtype_name]
+        top = ceilings(dtype, device)
+        console.print(
+            f"{dtype_name}: copy {top['bytes_per_second'] / 1e9:.1f} GB/s, "
+            f"matmul {top['flops_per_second'] / 1e9:.0f} GFLOP/s"
+        )
+        for op in options.op:
+            for name, sizes in OPERATIONS[op].bench.items():
+                case = OPERATIONS[op].case(sizes)
+                rows = time_case(case, dtype, device, options.seconds, options.cold)
+                show(console, f"{op} {name} ({case.label}) {dtype_name}", rows, top)
+                measured.append(
+                    {
+                        "op": op,
+                        "name": name,
+                        "sizes": dict(case.sizes),
+                        "dtype": dtype_name,
+                        "ceilings": top,
+                        "rows": rows,
+                    }
+                )
+    label = (card() or "card").replace(" ", "-").lower() if device == "cuda" else "cpu"
+    path = write_results(
+        f"ops-{label}",
+        {"threads": torch.get_num_threads(), "cold": options.cold, "cases": measured},
+    )
+    console.print(f"written: {path}")
+
+
+if __name__ == "__main__":
+    main()

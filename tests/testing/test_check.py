@@ -1,0 +1,71 @@
+"""The checks see what they are there to see, and declarations are well formed."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from pyllm.reference import rms_norm as reference
+from pyllm.testing import OPERATIONS, Mismatch, check_face, poisoned_memory
+from pyllm.testing.layouts import LAYOUTS
+
+CASE = OPERATIONS["rms_norm"].case({"N": 5, "D": 7})
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_declarations(name: str) -> None:
+    operation = OPERATIONS[name]
+    needed = 8 if name in ("moe_ffn", "attention") else 3
+    assert len(operation.mutants) >= needed
+    assert len({mutant.name for mutant in operation.mutants}) == len(operation.mutants)
+    labels = [case.label for case in operation.hostile_cases]
+    assert len(set(labels)) == len(labels)
+    assert set(operation.gradients) <= operation.smoke_cases[0].make_inputs(torch.float32).keys()
+
+
+def test_inputs_are_a_function_of_the_seed() -> None:
+    first, again = CASE.make_inputs(torch.float32), CASE.make_inputs(torch.float32)
+    assert torch.equal(first["x"], again["x"])
+    assert not torch.equal(first["x"], CASE.make_inputs(torch.float32, seed=1)["x"])
+    rounded = CASE.make_inputs(torch.bfloat16)["x"]
+    assert torch.equal(first["x"].bfloat16(), rounded)
+
+
+def test_poisoned_memory() -> None:
+    with poisoned_memory():
+        assert torch.empty(3).isnan().all()
+        assert torch.empty_like(torch.ones(2, dtype=torch.bfloat16)).isnan().all()
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_a_face_may_not_write_to_its_inputs() -> None:
+    def forward(x: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[torch.Tensor, ...]:
+        result = reference.rms_norm_forward(x, weight, eps)
+        x.clone()
+        weight.mul_(1.5)
+        return result
+
+    face = SimpleNamespace(
+        rms_norm_forward=forward,
+        # Undo it, so that the gradients are right and only the write itself is wrong.
+        rms_norm_backward=lambda dy, x, weight, rstd: reference.rms_norm_backward(
+            dy, x, weight / 1.5, rstd
+        ),
+    )
+    with pytest.raises(Mismatch, match="writes to its input weight"):
+        check_face(CASE, face, torch.float32)
+
+
+def test_a_missing_output() -> None:
+    face = SimpleNamespace(rms_norm_forward=lambda x, weight, eps: x)
+    with pytest.raises(Mismatch, match="rms_norm_forward returns 1 tensors, expected 2"):
+        check_face(CASE, face, torch.float32)
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_layouts_keep_the_values(name: str) -> None:
+    for tensor in (torch.randn(3, 4), torch.arange(6).int(), torch.randn(0, 2)):
+        assert torch.equal(LAYOUTS[name](tensor), tensor)
+    assert not LAYOUTS["transposed"](torch.randn(3, 4)).is_contiguous()
+    assert not LAYOUTS["strided"](torch.randn(3, 4)).is_contiguous()
+    assert LAYOUTS["offset"](torch.randn(3, 4)).storage_offset() == 3

@@ -1,0 +1,123 @@
+"""The benchmarks run at toy size, so that they work on the day there is a card (or time)."""
+
+import json
+import runpy
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from pyllm.testing import OPERATIONS
+from pyllm.train import Trainer
+from pyllm.train import run as train_run
+
+BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
+
+
+@pytest.fixture
+def start(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., tuple[int, list[Path]]]:
+    """Run a benchmark with these flags; its exit code, and the JSON files it wrote."""
+
+    def run(name: str, *flags: object) -> tuple[int, list[Path]]:
+        results = tmp_path / "results"
+        places = ["--results", str(results), "--out", str(tmp_path / "run")]
+        monkeypatch.setattr(sys, "argv", [name, *map(str, flags), *places])
+        monkeypatch.setattr(sys, "path", [*sys.path])
+        with pytest.raises(SystemExit) as stop:
+            runpy.run_path(str(BENCHMARKS / name), run_name="__main__")
+        return stop.value.code, sorted(results.iterdir()) if results.exists() else []
+
+    return run
+
+
+def read(file: Path) -> dict[str, Any]:
+    content = json.loads(file.read_text(encoding="utf-8"))
+    assert content["machine"]["torch"] == torch.__version__
+    assert content["machine"]["commit"]
+    return content
+
+
+def test_gpu_benchmark_at_toy_size(start: Callable[..., tuple[int, list[Path]]]) -> None:
+    code, [file] = start("gpu.py", "--device", "cpu", "--toy", "--minutes", 0.01)
+    assert code == 0 and file.name.startswith("gpu-cpu-toy-")
+    content = read(file)
+    training = content["training"]
+    assert training["steps"] >= 20 and training["tokens_per_second"] > 0
+    assert training["train_loss"]["last"] < training["train_loss"]["values"][0]
+    assert training["settings"]["recompute"] and training["model"]["norm"] == "layer"
+    assert 0 < training["val_bpb"] < 8
+    assert [row["dtype"] for row in content["decode"]] == ["float32", "bfloat16"]
+    for row in content["decode"]:
+        assert row["fastest"] <= row["lower_quartile"] <= row["median"] <= row["upper_quartile"]
+    assert not [row for row in content["operations"] if "error" in row]
+    timed = {
+        (case["op"], row["face"], row["stage"])
+        for case in content["operations"]
+        for row in case["rows"]
+        if "median" in row
+    }
+    for op in OPERATIONS:
+        assert {(op, "reference", "forward"), (op, "reference", "backward")} <= timed
+
+
+def test_less_memory_means_smaller_micro_batches(
+    start: Callable[..., tuple[int, list[Path]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = Trainer.step
+
+    def limited(self: Trainer, number: int) -> dict[str, Any]:
+        if self.config.batch_size > 2:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+        return step(self, number)
+
+    monkeypatch.setattr(Trainer, "step", limited)
+    _, [file] = start("gpu.py", "--device", "cpu", "--toy", "--minutes", 0)
+    settings = read(file)["training"]["settings"]
+    assert (settings["batch_size"], settings["accumulation"]) == (2, 8)
+
+
+def test_what_was_measured_before_a_failure_is_kept(
+    start: Callable[..., tuple[int, list[Path]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(self: Trainer, number: int) -> dict[str, Any]:
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(Trainer, "step", full)
+    code, [file] = start("gpu.py", "--device", "cpu", "--toy", "--minutes", 0)
+    content = read(file)
+    assert code == 0 and content["training"]["error"] == "CUDA out of memory"
+    assert content["operations"]
+
+
+def test_gpu_benchmark_without_a_card(
+    start: Callable[..., tuple[int, list[Path]]],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert start("gpu.py") == (2, [])
+    assert "train.device cuda is not available on this machine" in capsys.readouterr().err
+
+
+def test_balance_benchmark(
+    start: Callable[..., tuple[int, list[Path]]],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    monkeypatch.setattr(train_run, "VALID_STORIES", 2)
+    monkeypatch.setattr(train_run, "STORY_TOKENS", 5)
+    steps = ["--steps", 2, "--every", 1, "--n-stories", 60, "--threads", 1]
+    code, [file] = start("balance.py", *steps)
+    assert code == 0
+    runs = read(file)["runs"]
+    assert list(runs) == ["balance_coef 0.01", "balance_coef 0"]
+    with_loss, without = runs.values()
+    assert with_loss["steps"] == without["steps"] == [1, 2]
+    # The first step is the same forward pass; the update that follows it is not.
+    loads = [run["expert_load_max_over_mean"] for run in (with_loss, without)]
+    assert loads[0][0] == loads[1][0] >= 1
+    assert with_loss["val_loss"] != without["val_loss"]
+    assert (tmp_path / "run" / "balance.png").read_bytes().startswith(b"\x89PNG")
