@@ -1,8 +1,9 @@
 """Time the faces of the operations beside each other, at the sizes their declarations name.
 
 ``python benchmarks/ops.py --op rms_norm`` runs every face that this machine has, forward and
-backward, taking turns so that a drift of the clock meets all of them alike. PyTorch's own fused
-operation is the ``torch`` face where there is one; the ratio is to it, else to the reference.
+backward, taking turns so that a drift of the clock meets all of them alike. The peer is what a
+PyTorch user would call instead (``_peers.py``), its backward the one of autograd; the ratio is to
+it, or to the reference where PyTorch has no such operation.
 Percentages are of the ceiling measured in the same run: a copy for bytes, a matrix product for
 operations. Writes ``benchmarks/results/ops-<cpu|card>-<date>.json``.
 """
@@ -21,6 +22,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # `python -m` and the tests import it too
 
 from _machine import card, describe, write_results
+from _peers import PEERS
 from rich.console import Console
 from rich.table import Table
 
@@ -119,13 +121,15 @@ def time_case(
         backward[face] = lambda module=module, saved=saved: run_backward(
             case, module, inputs, saved, upstreams
         )
+    if case.op in PEERS:
+        add_peer(case, inputs, upstreams, forward, backward, rows)
     item = torch.finfo(dtype).bits // 8
     flops, moved = case.operation.work(case.sizes, item)
     for stage, functions in (("forward", forward), ("backward", backward)):
         if not functions:
             continue
         timings = take_turns(functions, seconds, device, cold)
-        peer = timings.get("torch") or timings["reference"]
+        peer = timings.get("peer") or timings["reference"]
         for face, timing in timings.items():
             row = {"stage": stage, "face": face, **vars(timing)}
             row["ratio_to_peer"] = timing.median / peer.median
@@ -134,6 +138,32 @@ def time_case(
                 row["flops_per_second"] = flops / timing.median
             rows.append(row)
     return rows
+
+
+def add_peer(
+    case: OpCase,
+    inputs: Mapping[str, Any],
+    upstreams: Mapping[str, torch.Tensor],
+    forward: dict[str, Callable[[], object]],
+    backward: dict[str, Callable[[], object]],
+    rows: list[dict[str, Any]],
+) -> None:
+    """Add PyTorch's own way under the name ``peer``; its backward is autograd's alone."""
+    leaves = {
+        name: value.detach().clone().requires_grad_() if name in case.operation.gradients else value
+        for name, value in inputs.items()
+    }
+    upstream = next(iter(upstreams.values()))
+    wanted = [leaves[name] for name in case.operation.gradients]
+    try:
+        y = PEERS[case.op](leaves)
+        upstream = upstream.to(y.dtype)
+        torch.autograd.grad(y, wanted, upstream, retain_graph=True)
+    except (NotImplementedError, RuntimeError) as error:
+        rows.append({"stage": "both", "face": "peer", "skipped": str(error).splitlines()[0]})
+        return
+    forward["peer"] = lambda: PEERS[case.op](leaves)
+    backward["peer"] = lambda: torch.autograd.grad(y, wanted, upstream, retain_graph=True)
 
 
 def show(console: Console, title: str, rows: list[dict[str, Any]], top: dict[str, float]) -> None:

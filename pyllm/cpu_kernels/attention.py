@@ -16,6 +16,9 @@ from torch import Tensor
 from pyllm.cpu_kernels._launch import accumulator, dtype_code, extension, ready
 from pyllm.cpu_kernels._shapes import rounded
 
+PRODUCTS_BY_TORCH = True
+"""Bits may change with the number of threads, as those of PyTorch's matrix products do."""
+
 QUERY_TOKENS = 128
 """Tokens of a block: fewer skip more of what the mask hides, more make larger products."""
 

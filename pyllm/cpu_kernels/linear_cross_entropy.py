@@ -12,6 +12,9 @@ from torch import Tensor
 from pyllm.cpu_kernels._launch import accumulator, dtype_code, extension, ready
 from pyllm.cpu_kernels._shapes import rounded
 
+PRODUCTS_BY_TORCH = True
+"""Bits may change with the number of threads, as those of PyTorch's matrix products do."""
+
 CHUNK_BYTES = 8 << 20
 MIN_CHUNK = 256
 """Fewer rows would make the products of a large vocabulary slow."""

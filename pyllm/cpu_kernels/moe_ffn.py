@@ -14,6 +14,9 @@ from pyllm.cpu_kernels._launch import accumulator, dtype_code, extension, ready
 from pyllm.cpu_kernels._routing import gather_rows, sort_by_expert, sum_rows
 from pyllm.cpu_kernels._shapes import SLACK, rounded
 
+PRODUCTS_BY_TORCH = True
+"""Bits may change with the number of threads, as those of PyTorch's matrix products do."""
+
 
 def _blocks(offsets_E1: Tensor, dtype: torch.dtype) -> list[tuple[int, int, int]]:
     """First row, number of rows and rounded number of rows of each expert."""

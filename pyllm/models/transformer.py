@@ -155,8 +155,6 @@ class Transformer(nn.Module):
         x_BTD = self.embedding(input_ids_BT)
         if self.positions is not None:
             x_BTD = x_BTD + self.positions(start, n_tokens)
-        import os
-        if os.environ.get("BR") and torch.is_autocast_enabled("cpu"): x_BTD = x_BTD.bfloat16()
         rotary = None if self.rotary is None else self.rotary(start, n_tokens)
         statistics = []
         for block in self.blocks:

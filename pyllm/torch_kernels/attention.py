@@ -15,14 +15,20 @@ def _served(q_BTHK: Tensor, k_BSGK: Tensor, causal: bool, window: int) -> bool:
     return (
         q_BTHK.device.type == "cpu"
         and q_BTHK.numel() > 0
+        and k_BSGK.numel() > 0  # the kernel divides by the number of keys
         and window == 0
         and (not causal or q_BTHK.shape[1] == k_BSGK.shape[1])
     )
 
 
+def _heads_first(x_BTHK: Tensor) -> Tensor:
+    """(B, T, H, K) to (B, H, T, K); the kernel takes a last stride of 1 for granted."""
+    return x_BTHK.contiguous().transpose(1, 2)
+
+
 def _repeat_heads(x_BSGK: Tensor, n_heads: int) -> Tensor:
     """(B, S, G, K) to (B, H, S, K)."""
-    return x_BSGK.repeat_interleave(n_heads // x_BSGK.shape[2], dim=2).transpose(1, 2)
+    return _heads_first(x_BSGK.repeat_interleave(n_heads // x_BSGK.shape[2], dim=2))
 
 
 def attention_forward(
@@ -33,7 +39,7 @@ def attention_forward(
         return reference.attention_forward(q_BTHK, k_BSGK, v_BSGK, scale, causal, window)
     n_heads = q_BTHK.shape[2]
     y_BHTK, lse_BHT = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        q_BTHK.transpose(1, 2),
+        _heads_first(q_BTHK),
         _repeat_heads(k_BSGK, n_heads),
         _repeat_heads(v_BSGK, n_heads),
         0.0,
@@ -61,11 +67,11 @@ def attention_backward(
         )
     n_heads, n_kv_heads = q_BTHK.shape[2], k_BSGK.shape[2]
     dq_BHTK, dk_BHSK, dv_BHSK = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-        dy_BTHK.transpose(1, 2),
-        q_BTHK.transpose(1, 2),
+        _heads_first(dy_BTHK),
+        _heads_first(q_BTHK),
         _repeat_heads(k_BSGK, n_heads),
         _repeat_heads(v_BSGK, n_heads),
-        y_BTHK.transpose(1, 2),
+        _heads_first(y_BTHK),
         lse_BHT,
         0.0,
         causal,
