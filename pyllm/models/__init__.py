@@ -3,8 +3,9 @@
 Imported lazily, so that a configuration can be read (and ``--help`` printed) without torch.
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from pyllm._lazy import lazy_names
 
 if TYPE_CHECKING:
     from pyllm.models.config import PRESETS, ModelConfig, preset
@@ -42,8 +43,4 @@ __all__ = [
     "save_model",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+__getattr__ = lazy_names(__name__, _HOMES)

@@ -1,6 +1,7 @@
 """What a run leaves behind: ``metrics.jsonl``, TensorBoard, a progress bar, pictures."""
 
 import json
+import math
 import os
 from pathlib import Path
 from types import TracebackType
@@ -63,7 +64,7 @@ class RunLog:
     def row(self, metrics: dict[str, Any]) -> None:
         """One step: its number as ``step``, its metrics as numbers (lists go to the file only)."""
         step = metrics["step"]
-        self._file.write(json.dumps(metrics) + "\n")
+        self._file.write(json.dumps({k: _finite(v) for k, v in metrics.items()}) + "\n")
         for name, value in metrics.items():
             if isinstance(value, int | float) and name != "step":
                 self._board.add_scalar(name, value, step)
@@ -84,10 +85,16 @@ class RunLog:
         self._console.print(text, markup=False, highlight=False)
 
 
+def _finite(value: Any) -> Any:
+    """JSON knows no NaN and no infinity: null stands for them."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The rows of a run's ``metrics.jsonl``, in order of their steps."""
+    """The rows of a run's ``metrics.jsonl``, in order of their steps; null becomes NaN."""
     lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return [json.loads(line) for line in lines]
+    rows = [json.loads(line) for line in lines]
+    return [{k: math.nan if v is None else v for k, v in row.items()} for row in rows]
 
 
 def keep_rows(path: Path, steps: int) -> None:

@@ -10,7 +10,14 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from pyllm.data import TokenFile, read_texts, split_documents, write_stories, write_tokens
+from pyllm.data import (
+    TokenFile,
+    read_texts,
+    split_documents,
+    story_windows,
+    write_stories,
+    write_tokens,
+)
 from pyllm.evaluate import BitsPerByte, bits_per_byte
 from pyllm.models import ModelConfig, Transformer, count_parameters, load_model
 from pyllm.tokenizers import Tokenizer, train_bpe
@@ -31,10 +38,11 @@ class RunResult:
     folder: Path
     val_loss: float
     """Best validation loss, nats per token."""
-    val_bpb: BitsPerByte
+    val_bpb: BitsPerByte | None
+    """None where the model's context is too short for it; said so at the start."""
     story: str
-    copied: bool
-    """Is the story a training story, or does it share a long passage with one?"""
+    shared_passage: int
+    """Characters of the longest passage the story shares with a training text; 0 if under 63."""
     seconds: float
     """Spent in the training loop, all parts of a resumed run together."""
 
@@ -75,6 +83,7 @@ def run_training(config: RunConfig, console: Console | None = None) -> RunResult
         f"{device.type}, {str(dtype).removeprefix('torch.')}, "
         f"{torch.get_num_threads()} threads; text ready in {time.perf_counter() - started:.1f} s"
     )
+    scored = fits_val_bpb(config.model, text, console)
     model = Transformer(config.model).to(device)
     trainer = Trainer(
         model, text.tokenizer, train_file, valid_file, config.train, folder, device, dtype
@@ -93,14 +102,16 @@ def run_training(config: RunConfig, console: Console | None = None) -> RunResult
     draw(folder)
     best, _ = load_model(folder / "best", device)
     trainer.model = best
-    bpb = bits_per_byte(best, text.tokenizer, text.valid(), autocast(device, dtype))
+    bpb = None
+    if scored:
+        bpb = bits_per_byte(best, text.tokenizer, text.valid(), autocast(device, dtype))
     story = trainer.tell(STORY_TOKENS, seed=config.train.seed)
     result = RunResult(
         folder=folder,
         val_loss=progress.best_val_loss,
         val_bpb=bpb,
         story=story,
-        copied=is_copy(story, text.train()),
+        shared_passage=longest_shared_passage(story, text.train()),
         seconds=progress.trained_seconds,
     )
     report(result, console)
@@ -192,12 +203,42 @@ def fit_model(config: RunConfig, tokenizer: Tokenizer, console: Console) -> RunC
     return config
 
 
-def is_copy(story: str, training: Iterable[str], passage: int = 200) -> bool:
-    """Does any training story contain a passage of ``passage`` characters of ``story``?"""
-    step = max(passage // 4, 1)
-    starts = range(0, max(len(story) - passage, 0) + 1, step)
-    passages = [story[start : start + passage] for start in starts]
-    return any(piece in text for text in training for piece in passages)
+def fits_val_bpb(model: ModelConfig, text: Text, console: Console) -> bool:
+    """Is the context long enough to score 1,024 bytes at once? Said now, not after training."""
+    longest = max(len(ids) for ids, _ in story_windows(text.valid(), text.tokenizer))
+    if longest > model.max_seq_len:
+        console.print(
+            f"val_bpb will be left out: 1,024 bytes of the validation text are up to {longest} "
+            f"tokens, and the context is {model.max_seq_len} (--model.max-seq-len)"
+        )
+    return longest <= model.max_seq_len
+
+
+def longest_shared_passage(story: str, texts: Iterable[str], block: int = 32) -> int:
+    """Characters of the longest passage of ``story`` that stands in one of ``texts``.
+
+    Any passage of ``2 * block - 1`` characters holds a whole block of the story, cut at multiples
+    of ``block``; so only those are looked for, and what is found is extended both ways. Shorter
+    passages are not seen and count as 0.
+    """
+    blocks = [(at, story[at : at + block]) for at in range(0, len(story) - block + 1, block)]
+    longest = 0
+    for text in texts:
+        for at, piece in blocks:
+            found = text.find(piece)
+            while found >= 0:
+                start, end = 0, block
+                while at - start > 0 and found - start > 0:
+                    if story[at - start - 1] != text[found - start - 1]:
+                        break
+                    start += 1
+                while at + end < len(story) and found + end < len(text):
+                    if story[at + end] != text[found + end]:
+                        break
+                    end += 1
+                longest = max(longest, start + end)
+                found = text.find(piece, found + 1)
+    return longest if longest >= 2 * block - 1 else 0
 
 
 def report(result: RunResult, console: Console) -> None:
@@ -205,24 +246,26 @@ def report(result: RunResult, console: Console) -> None:
     bpb = result.val_bpb
     content = {
         "val_loss": result.val_loss,
-        "val_bpb": bpb.value,
-        "val_bytes": bpb.bytes,
-        "val_stories": bpb.stories,
+        "val_bpb": bpb and bpb.value,
+        "val_bytes": bpb and bpb.bytes,
+        "val_stories": bpb and bpb.stories,
         "train_seconds": result.seconds,
         "story": result.story,
-        "story_is_copy": result.copied,
+        "story_characters": len(result.story),
+        "story_shared_passage": result.shared_passage,
     }
     (result.folder / "result.json").write_text(json.dumps(content, indent=2) + "\n")
     say = console.print
     say(f"\n{result.story}\n", markup=False, highlight=False)
+    shared = f"{result.shared_passage}" if result.shared_passage else "under 63"
     say(
-        "(a passage of this story stands in the training text)"
-        if result.copied
-        else "(no passage of 200 characters of this story stands in the training text)"
+        f"({len(result.story)} characters; the longest passage that also stands in a training "
+        f"text is {shared} characters)"
     )
+    if bpb:
+        say(f"val_bpb {bpb.value:.4f} bits per byte ({bpb.stories} stories, {bpb.bytes:,} bytes)")
     say(
-        f"val_loss {result.val_loss:.4f} nats per token   val_bpb {bpb.value:.4f} bits per byte "
-        f"({bpb.stories} stories, {bpb.bytes:,} bytes)   trained in {result.seconds:.0f} s"
+        f"val_loss {result.val_loss:.4f} nats per token; trained in {result.seconds:.0f} s",
     )
     say(f"run folder: {result.folder}", soft_wrap=True)
     say(f"tell more:  python scripts/generate.py --model {result.folder}", soft_wrap=True)
