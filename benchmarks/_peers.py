@@ -61,4 +61,4 @@ PEERS: dict[str, Callable[[Values], Tensor]] = {
     "linear_cross_entropy": _linear_cross_entropy,
     "moe_ffn": _moe_ffn,
 }
-"""Operation to the peer's forward: named inputs to the first output. Autograd gives its backward."""
+"""Operation to the forward of its peer: named inputs to the first output; autograd goes back."""

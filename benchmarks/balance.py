@@ -3,7 +3,7 @@
     python benchmarks/balance.py
 
 Writes both curves of ``expert_load_max_over_mean`` to ``benchmarks/results/balance-<date>.json``,
-and a picture of them beside the two run folders.
+and a picture of them to ``balance.svg`` beside it.
 """
 
 import sys
@@ -26,9 +26,9 @@ class Config:
     threads: int = 0
     """CPU threads; 0 for PyTorch's choice."""
     out: str = ""
-    """Folder of the two runs and the picture; empty: runs/balance-<date>-<time>."""
+    """Folder of the two runs; empty: runs/balance-<date>-<time>."""
     results: Path = Path(__file__).resolve().parent / "results"
-    """Folder of the JSON file."""
+    """Folder of the JSON file and the picture."""
 
 
 def main(config: Config) -> None:
@@ -78,12 +78,12 @@ def main(config: Config) -> None:
             "expert_load_max_over_mean": loads,
             "final_expert_load": rows[-1]["expert_load"],
             "val_loss": result.val_loss,
-            "val_bpb": result.val_bpb.value,
+            "val_bpb": result.val_bpb and result.val_bpb.value,
         }
         record.add(runs=runs)
         curves[name] = (steps, loads)
     plot_curves(
-        folder / "balance.png",
+        config.results / "balance.svg",
         curves,
         xlabel="step",
         ylabel="busiest expert / mean, averaged over layers",
@@ -91,7 +91,7 @@ def main(config: Config) -> None:
     )
     for name, (_, loads) in curves.items():
         print(f"{name}: busiest expert / mean {loads[0]:.2f} at first, {loads[-1]:.2f} at the end")
-    print(f"{folder / 'balance.png'}\n{record.path}")
+    print(f"{config.results / 'balance.svg'}\n{record.path}")
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -22,8 +23,13 @@ def _figure(width: float = 8, height: float = 4.5, panels: int = 1) -> tuple[Fig
 
 
 def _save(figure: Figure, path: Path) -> None:
+    kind = path.suffix.removeprefix(".") or "png"
+    # Text stays text and nothing is dated, so that the same curves give the same file.
+    settings = {"svg.fonttype": "none", "svg.hashsalt": "pyllm"} if kind == "svg" else {}
     temporary = path.with_name(path.name + ".tmp")
-    figure.savefig(temporary, format="png", dpi=120)
+    with matplotlib.rc_context(settings):
+        metadata = {"Date": None} if kind == "svg" else None
+        figure.savefig(temporary, format=kind, dpi=120, metadata=metadata)
     temporary.replace(path)
 
 

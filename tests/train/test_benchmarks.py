@@ -4,6 +4,7 @@ import json
 import runpy
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 from pyllm.testing import OPERATIONS
-from pyllm.train import Trainer
+from pyllm.train import TRAIN_PRESETS, DataConfig, Trainer
 from pyllm.train import run as train_run
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
@@ -28,7 +29,7 @@ def start(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., tupl
         monkeypatch.setattr(sys, "path", [*sys.path])
         with pytest.raises(SystemExit) as stop:
             runpy.run_path(str(BENCHMARKS / name), run_name="__main__")
-        return stop.value.code, sorted(results.iterdir()) if results.exists() else []
+        return stop.value.code, sorted(results.glob("*.json"))
 
     return run
 
@@ -120,4 +121,25 @@ def test_balance_benchmark(
     loads = [run["expert_load_max_over_mean"] for run in (with_loss, without)]
     assert loads[0][0] == loads[1][0] >= 1
     assert with_loss["val_loss"] != without["val_loss"]
-    assert (tmp_path / "run" / "balance.png").read_bytes().startswith(b"\x89PNG")
+    assert "<svg" in (file.parent / "balance.svg").read_text(encoding="utf-8")
+
+
+def test_stories_benchmark(
+    start: Callable[..., tuple[int, list[Path]]],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(train_run, "VALID_STORIES", 2)
+    monkeypatch.setattr(train_run, "STORY_TOKENS", 5)
+    few = DataConfig(n_stories=60)
+    monkeypatch.setattr("pyllm.train.DataConfig", lambda: few)
+    small = replace(TRAIN_PRESETS["moe-tiny"], batch_size=1, seq_len=32, threads=1, sample_every=0)
+    monkeypatch.setitem(TRAIN_PRESETS, "moe-tiny", small)
+    code, [file] = start("stories.py", "--max-steps", 2, "--tinystories", tmp_path / "none")
+    assert code == 0
+    assert "no TinyStories there" in capsys.readouterr().out
+    [(name, run)] = read(file)["runs"].items()
+    assert name == "embedded stories"
+    assert 1 < run["val_bpb"] < 8 and run["train_tokens"] == 64 and run["story"]
+    assert "<svg" in (file.parent / "stories.svg").read_text(encoding="utf-8")

@@ -1,0 +1,116 @@
+"""Write the figures of README.md anew from the newest files under ``benchmarks/results/``.
+
+    python benchmarks/readme.py
+
+What stands between ``<!-- figures: begin -->`` and ``<!-- figures: end -->`` is replaced; a test
+fails where README and results differ.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+BEGIN, END = "<!-- figures: begin -->", "<!-- figures: end -->"
+
+
+def newest(name: str) -> tuple[Path, dict[str, Any]] | None:
+    """The newest ``<name>-<date>.json`` and its content."""
+    files = sorted(RESULTS.glob(f"{name}-[0-9]*.json"))
+    if not files:
+        return None
+    content: dict[str, Any] = json.loads(files[-1].read_text(encoding="utf-8"))
+    return files[-1], content
+
+
+def machine_line(path: Path, machine: dict[str, Any]) -> str:
+    """Where a table comes from."""
+    return (
+        f"From [`{path.relative_to(ROOT)}`]({path.relative_to(ROOT)}): {machine['cores']} cores "
+        f"of {machine['processor']}, torch {machine['torch']}, commit `{machine['commit']}`."
+    )
+
+
+def stories() -> list[str]:
+    """The main job on both texts."""
+    found = newest("stories")
+    if found is None:
+        return []
+    path, content = found
+    parameters = content["parameters"]
+    lines = [
+        f"`moe-tiny` has {parameters['total'] / 1e6:.1f}M parameters, of which "
+        f"{parameters['active'] / 1e6:.1f}M work on each token (embeddings not counted).",
+        "",
+        "| text | training | tokens | tokens/s (median) | val_loss | **val_bpb** |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, run in content["runs"].items():
+        lines.append(
+            f"| {name} | {run['train_seconds']:.0f} s | {run['train_tokens'] / 1e6:.2f}M "
+            f"| {run['tok_per_sec_median']:,.0f} | {run['val_loss']:.3f} "
+            f"| **{run['val_bpb']:.3f}** |"
+        )
+    lines += ["", machine_line(path, content["machine"]), ""]
+    for name, run in content["runs"].items():
+        quoted = [f"> {line}" if line else ">" for line in run["story"].splitlines()]
+        shared = run["story_shared_passage"] or "under 63"
+        lines += [
+            f"What the model wrote after training on {name} (longest passage shared with a "
+            f"training text: {shared} of {len(run['story'])} characters):",
+            "",
+            *quoted,
+            "",
+        ]
+    return lines
+
+
+def operations() -> list[str]:
+    """Each operation beside its peer."""
+    found = newest("ops-cpu")
+    if found is None:
+        return []
+    path, content = found
+    lines = [
+        "| operation | dtype | pass | C++ face | reference | PyTorch's own | PyTorch / C++ |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for case in content["cases"]:
+        if case["name"] != "moe-tiny":
+            continue
+        for stage in ("forward", "backward"):
+            rows = {
+                row["face"]: row
+                for row in case["rows"]
+                if row["stage"] == stage and "median" in row
+            }
+            if "cpu" not in rows:
+                continue
+            own = rows["cpu"]["median"]
+            cells = [
+                f"{rows[face]['median'] * 1e3:.2f} ms" if face in rows else "none"
+                for face in ("cpu", "reference", "peer")
+            ]
+            ratio = f"{rows['peer']['median'] / own:.1f} x" if "peer" in rows else ""
+            lines.append(
+                f"| `{case['op']}` | {case['dtype']} | {stage} | {' | '.join(cells)} | {ratio} |"
+            )
+    return [*lines, "", machine_line(path, content["machine"]), ""]
+
+
+def render() -> str:
+    """The block, with its marks."""
+    return "\n".join([BEGIN, "", *stories(), *operations(), END])
+
+
+def replaced(text: str) -> str:
+    """``text`` with the block written anew."""
+    before, _, rest = text.partition(BEGIN)
+    _, _, after = rest.partition(END)
+    return before + render() + after
+
+
+if __name__ == "__main__":
+    readme = ROOT / "README.md"
+    readme.write_text(replaced(readme.read_text(encoding="utf-8")), encoding="utf-8")
