@@ -5,7 +5,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-import torch
+
+from pyllm._cli import SPIN_COUNT
+
+os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)  # before torch loads the runtime that reads it
+
+import torch  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -16,17 +16,17 @@ class TrainConfig:
         ValueError: a setting that cannot work.
     """
 
-    max_steps: int = 1000
+    max_steps: int = 360
     """Optimiser steps."""
-    batch_size: int = 32
+    batch_size: int = 24
     """Sequences in a micro-batch."""
     accumulation: int = 1
     """Micro-batches in a step; their gradients are averaged."""
-    seq_len: int = 256
+    seq_len: int = 320
     """Tokens in a sequence."""
     optimizer: Literal["adamw", "muon"] = "muon"
     """muon (matrices; AdamW for the rest) or adamw."""
-    learning_rate: float = 3e-3
+    learning_rate: float = 1e-2
     """Peak learning rate."""
     min_lr_ratio: float = 0.05
     """Final learning rate as a share of the peak (cosine)."""
@@ -55,13 +55,13 @@ class TrainConfig:
     """Keep only each block's input and compute the rest again in the backward: less memory."""
     seed: int = 0
     """Of the weights and of the order of the data."""
-    eval_every: int = 100
+    eval_every: int = 60
     """Steps between evaluations on the fixed validation set."""
     eval_tokens: int = 32_768
     """Tokens of that set."""
-    save_every: int = 100
+    save_every: int = 60
     """Steps between checkpoints."""
-    sample_every: int = 200
+    sample_every: int = 120
     """Steps between sample stories; 0 for none."""
 
     def __post_init__(self) -> None:
@@ -130,8 +130,11 @@ TRAIN_PRESETS: dict[str, TrainConfig] = {
         batch_size=4,
         accumulation=8,
         seq_len=512,
-        learning_rate=1e-3,
+        learning_rate=3e-3,
         warmup_steps=200,
+        eval_every=200,
+        save_every=200,
+        sample_every=500,
         recompute=True,
     ),
 }
