@@ -25,7 +25,7 @@ def _figure(width: float = 8, height: float = 4.5, panels: int = 1) -> tuple[Fig
 def _save(figure: Figure, path: Path) -> None:
     kind = path.suffix.removeprefix(".") or "png"
     # Text stays text and nothing is dated, so that the same curves give the same file.
-    settings = {"svg.fonttype": "none", "svg.hashsalt": "pyllm"} if kind == "svg" else {}
+    settings: Any = {"svg.fonttype": "none", "svg.hashsalt": "pyllm"} if kind == "svg" else {}
     temporary = path.with_name(path.name + ".tmp")
     with matplotlib.rc_context(settings):
         metadata = {"Date": None} if kind == "svg" else None
