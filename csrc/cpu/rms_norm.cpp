@@ -18,8 +18,8 @@ namespace {
 constexpr std::int64_t kElementsPerRange = 16384;
 // At most this many partial sums of dweight, so that adding them up stays cheap for any row count.
 constexpr std::int64_t kMaxPartials = 256;
-// Rows summed one after the other; longer runs are sums of such sums, or float would lose digits.
-constexpr std::int64_t kRowsPerSum = 32;
+// Rows of dweight summed in float; their sums are added up in double, or long sums lose digits.
+constexpr std::int64_t kRowsPerSum = 8;
 
 std::int64_t at_least_one(std::int64_t value) { return value > 1 ? value : 1; }
 
@@ -81,10 +81,11 @@ void backward(const Storage* dy, const Storage* x, const Wide<Storage>* weight,
   const std::int64_t n_partials = (rows + grain - 1) / grain;
 
   // For each range of rows the sum so far, and the sum over the last few rows.
-  W* partials = new W[at_least_one(2 * n_partials * width)]();
+  double* partials = new double[at_least_one(n_partials) * width]();
+  W* recents = new W[at_least_one(n_partials) * width]();
   parallel_for(rows, grain, n_threads, [=](std::int64_t begin, std::int64_t end) {
-    W* __restrict partial = partials + begin / grain * width;
-    W* __restrict recent = partials + (n_partials + begin / grain) * width;
+    double* __restrict partial = partials + begin / grain * width;
+    W* __restrict recent = recents + begin / grain * width;
     for (std::int64_t row = begin; row < end; ++row) {
       const std::int64_t at = row * width;
       backward_row(dy + at, x + at, weight, rstd[row], dx + at, recent, width);
@@ -97,12 +98,13 @@ void backward(const Storage* dy, const Storage* x, const Wide<Storage>* weight,
       }
     }
   });
-  for (std::int64_t i = 0; i < width; ++i) dweight[i] = 0;
-  for (std::int64_t k = 0; k < n_partials; ++k) {
-    const W* __restrict partial = partials + k * width;
+  for (std::int64_t k = 1; k < n_partials; ++k) {
+    const double* __restrict partial = partials + k * width;
 #pragma omp simd
-    for (std::int64_t i = 0; i < width; ++i) dweight[i] += partial[i];
+    for (std::int64_t i = 0; i < width; ++i) partials[i] += partial[i];
   }
+  for (std::int64_t i = 0; i < width; ++i) dweight[i] = static_cast<W>(partials[i]);
+  delete[] recents;
   delete[] partials;
 }
 

@@ -52,7 +52,7 @@ def _python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_the_environment_forces_a_face() -> None:
-    code = "from pyllm.ops._registry import choose_face as c; print(c('rms_norm', 'cpu', None))"
+    code = "from pyllm.ops._registry import choose_face as c; print(c('attention', 'cpu', None))"
     for face in ("reference", "torch"):
         assert _python(code, PYLLM_FACE=face).stdout.strip() == face
 

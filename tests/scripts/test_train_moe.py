@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from pyllm.train import TRAIN_PRESETS
+
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "scripts" / "train_moe.py"
 Answer = Callable[..., str]
@@ -109,7 +111,9 @@ def test_sequences_longer_than_the_context(error: Answer) -> None:
 
 def test_text_shorter_than_one_sequence(error: Answer, tmp_path: Path) -> None:
     (tmp_path / "short.txt").write_text("A story.\n<|endoftext|>\nAnother one.\n")
-    assert "but one block needs 256" in error("--data", "short.txt")
+    assert f"but one block needs {TRAIN_PRESETS['moe-tiny'].seq_len}" in error(
+        "--data", "short.txt"
+    )
 
 
 @pytest.mark.parametrize(

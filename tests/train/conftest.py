@@ -24,6 +24,7 @@ QUICK: dict[str, Any] = {
     "batch_size": 8,
     "seq_len": 32,
     "warmup_steps": 4,
+    "learning_rate": 3e-3,
     "eval_tokens": 1024,
     "dtype": "float32",
     "device": "cpu",

@@ -209,7 +209,7 @@ def test_a_dead_expert_is_named(
 
 def test_what_a_step_reports(make_trainer: Callable[..., Trainer]) -> None:
     metrics = make_trainer().step(0)
-    assert metrics["lr"] == pytest.approx(3e-3 / 4)
+    assert metrics["lr"] == pytest.approx(3e-3 / 4)  # a quarter of the warmup
     assert metrics["balance_loss"] == pytest.approx(1, abs=0.2)
     for shares in metrics["expert_load"]:
         assert sum(shares) == pytest.approx(1, abs=1e-4)
