@@ -12,6 +12,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
+SEED_FLOPS = 8.05e9
 BEGIN, END = "<!-- figures: begin -->", "<!-- figures: end -->"
 
 
@@ -99,9 +100,39 @@ def operations() -> list[str]:
     return [*lines, "", machine_line(path, content["machine"]), ""]
 
 
+def presets() -> list[str]:
+    """Parameters and operations of every preset, counted from its configuration."""
+    from pyllm.models import PRESETS, count_flops, count_parameters
+
+    lines = [
+        "| preset | parameters | active, without embeddings | forward, 128 tokens | experts save |",
+        "|---|---|---|---|---|",
+    ]
+    for name, config in PRESETS.items():
+        parameters, flops = count_parameters(config), count_flops(config, 128)
+        saved = f"{flops.saved_by_sparsity:.1%}" if flops.experts_dense else "dense"
+        lines.append(
+            f"| `{name}` | {parameters.total / 1e6:.1f}M | {parameters.active / 1e6:.1f}M "
+            f"| {flops.total / 1e9:.2f} GFLOP | {saved} |"
+        )
+    seed = PRESETS["moe-158m-gpt"]
+    tokens = round(SEED_FLOPS / count_flops(seed, 1).experts)
+    flops = count_flops(seed, tokens)
+    return [
+        *lines,
+        "",
+        f"Counted by `pyllm.models.count_parameters` and `count_flops`. The {SEED_FLOPS / 1e9} "
+        f"GFLOPs that are told of a model of `moe-158m-gpt`'s shape are what its chosen experts "
+        f"take for {tokens} tokens ({flops.experts / 1e9:.2f}; all 16 would take "
+        f"{flops.experts_dense / 1e9:.1f}). The whole forward pass over {tokens} tokens, "
+        f"attention and output projection included, takes {flops.total / 1e9:.1f}.",
+        "",
+    ]
+
+
 def render() -> str:
     """The block, with its marks."""
-    return "\n".join([BEGIN, "", *stories(), *operations(), END])
+    return "\n".join([BEGIN, "", *stories(), *presets(), *operations(), END])
 
 
 def replaced(text: str) -> str:

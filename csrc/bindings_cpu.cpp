@@ -1,6 +1,7 @@
 // pyllm._cpu: addresses, sizes and a thread count in; no torch header, so no ABI to break.
 //
-// Nothing here checks shapes: the launchers in pyllm/cpu_kernels do, and they own every tensor.
+// Nothing here checks anything: shapes are checked by the doors and by PyTorch's dispatcher,
+// indices by the launchers in pyllm/cpu_kernels, which own every tensor.
 
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>

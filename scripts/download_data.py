@@ -1,8 +1,10 @@
-"""Fetches a data set as plain text: python scripts/download_data.py --name tinystories."""
+"""Fetches a data set as plain text: python scripts/download_data.py tinystories."""
 
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
+
+from tyro.conf import Positional
 
 from pyllm._cli import run
 
@@ -11,7 +13,7 @@ from pyllm._cli import run
 class Config:
     """Streams a data set from the Hugging Face hub into <out>/<name>/train.txt and valid.txt."""
 
-    name: Literal["tinystories", "openwebtext"] = "tinystories"
+    name: Positional[Literal["tinystories", "openwebtext"]] = "tinystories"
     """Which data set; openwebtext is large, and --max-documents takes a part of it."""
     max_documents: int | None = None
     """Documents to take of the train split; by default all of tinystories, 100,000 of

@@ -1,6 +1,7 @@
 """README says what is true: its figures are those of the results, its paths exist."""
 
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -29,3 +30,16 @@ def test_every_path_exists() -> None:
     assert scripts and linked
     missing = [path for path in {*linked, *scripts} if not (ROOT / path).exists()]
     assert not missing
+
+
+@pytest.mark.parametrize("command", sorted(set(re.findall(r"`([^`]*python [^`]+)`", README))))
+def test_every_command_has_the_flags_it_is_given(command: str) -> None:
+    """Each command's flags stand in its --help; what it would do is not done."""
+    _, _, words = command.partition("python ")
+    script, *flags = words.split()
+    text = subprocess.run(
+        [sys.executable, str(ROOT / script), "--help"], capture_output=True, text=True, check=True
+    ).stdout
+    positional = flags[:1] if flags and not flags[0].startswith("--") else []
+    for flag in [*positional, *(word for word in flags if word.startswith("--"))]:
+        assert flag in text, f"{command}: {flag}"

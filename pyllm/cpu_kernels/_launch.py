@@ -49,3 +49,24 @@ def accumulator(dtype: torch.dtype) -> torch.dtype:
 def ready(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """``tensor`` contiguous and in ``dtype``; the tensor itself where it already is."""
     return tensor.to(dtype).contiguous()
+
+
+def require_range(
+    op: str, name: str, indices: Tensor, limit: int, ignore_index: int | None = None
+) -> None:
+    """The kernels index memory with these: each must be in ``[0, limit)`` or ``ignore_index``.
+
+    The doors check as well, but cannot while torch.compile traces them.
+
+    Raises:
+        ValueError: one is not.
+    """
+    if indices.numel() == 0:
+        return
+    if ignore_index is not None:
+        indices = indices.where(indices != ignore_index, 0)
+    low, high = (int(bound) for bound in torch.aminmax(indices))
+    if low < 0 or high >= limit:
+        raise ValueError(
+            f"{op}: {name} must be between 0 and {limit - 1}, got values from {low} to {high}"
+        )

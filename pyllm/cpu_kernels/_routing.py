@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from pyllm.cpu_kernels._launch import dtype_code, extension
+from pyllm.cpu_kernels._launch import dtype_code, extension, require_range
 
 
 def sort_by_expert(experts_NA: Tensor, n_experts: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -50,6 +50,7 @@ def gather_rows(source_ND: Tensor, order_R: Tensor, top_k: int, out_RD: Tensor) 
 def sum_rows(op: str, rows_RD: Tensor, weights_NA: Tensor | None, position_NA: Tensor) -> Tensor:
     """Sum each token's rows, times its weights (contiguous, accumulator dtype) if there are any."""
     n_tokens, top_k = position_NA.shape
+    require_range(op, "position", position_NA, rows_RD.shape[0])
     y_ND = rows_RD.new_empty(n_tokens, rows_RD.shape[1])
     extension().moe_combine_forward(
         dtype_code(op, rows_RD.dtype),

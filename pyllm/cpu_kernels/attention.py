@@ -192,6 +192,11 @@ def attention_forward(
     q_BTHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, scale: float, causal: bool, window: int
 ) -> tuple[Tensor, Tensor]:
     """See :func:`pyllm.reference.attention.attention_forward`."""
+    if q_BTHK.dtype == torch.float16:  # scores over 65,504 would overflow
+        y_BTHK, lse_BHT = attention_forward(
+            q_BTHK.float(), k_BSGK.float(), v_BSGK.float(), scale, causal, window
+        )
+        return y_BTHK.half(), lse_BHT
     code, native = dtype_code("attention", q_BTHK.dtype), extension()
     batch, n_tokens, n_heads, width = q_BTHK.shape
     lse_BHT = torch.empty(batch, n_heads, n_tokens, dtype=accumulator(q_BTHK.dtype))
@@ -230,6 +235,10 @@ def attention_backward(
     window: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See :func:`pyllm.reference.attention.attention_backward`."""
+    if q_BTHK.dtype == torch.float16:
+        dy, q, k, v, y = (x.float() for x in (dy_BTHK, q_BTHK, k_BSGK, v_BSGK, y_BTHK))
+        dq, dk, dv = attention_backward(dy, q, k, v, y, lse_BHT, scale, causal, window)
+        return dq.half(), dk.half(), dv.half()
     code, wide = dtype_code("attention", q_BTHK.dtype), accumulator(q_BTHK.dtype)
     native = extension()
     dq_BTHK = q_BTHK.new_empty(q_BTHK.shape)

@@ -9,7 +9,13 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from pyllm.cpu_kernels._launch import accumulator, dtype_code, extension, ready
+from pyllm.cpu_kernels._launch import (
+    accumulator,
+    dtype_code,
+    extension,
+    ready,
+    require_range,
+)
 from pyllm.cpu_kernels._shapes import rounded
 
 PRODUCTS_BY_TORCH = True
@@ -49,9 +55,14 @@ def linear_cross_entropy_forward(
     x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, ignore_index: int
 ) -> tuple[Tensor, Tensor]:
     """See :func:`pyllm.reference.linear_cross_entropy.linear_cross_entropy_forward`."""
+    if x_ND.dtype == torch.float16:  # logits over 65,504 would overflow
+        return linear_cross_entropy_forward(
+            x_ND.float(), weight_VD.float(), targets_N, ignore_index
+        )
     code, native = dtype_code("linear_cross_entropy", x_ND.dtype), extension()
     x_ND, targets_N = x_ND.contiguous(), ready(targets_N, torch.int64)
     n_words = weight_VD.shape[0]
+    require_range("linear_cross_entropy", "targets", targets_N, n_words, ignore_index)
     loss_N = torch.empty(x_ND.shape[0], dtype=accumulator(x_ND.dtype))
     lse_N = torch.empty_like(loss_N)
     scratch = _scratch(x_ND, weight_VD)
@@ -82,11 +93,17 @@ def linear_cross_entropy_backward(
     ignore_index: int,
 ) -> tuple[Tensor, Tensor]:
     """See :func:`pyllm.reference.linear_cross_entropy.linear_cross_entropy_backward`."""
+    if x_ND.dtype == torch.float16:
+        dx_ND, dweight_VD = linear_cross_entropy_backward(
+            dloss_N, x_ND.float(), weight_VD.float(), targets_N, lse_N, ignore_index
+        )
+        return dx_ND.half(), dweight_VD.half()
     code, wide = dtype_code("linear_cross_entropy", x_ND.dtype), accumulator(x_ND.dtype)
     native, threads = extension(), torch.get_num_threads()
     x_ND, targets_N = x_ND.contiguous(), ready(targets_N, torch.int64)
     dloss_N, lse_N = ready(dloss_N, wide), ready(lse_N, wide)
     n_words = weight_VD.shape[0]
+    require_range("linear_cross_entropy", "targets", targets_N, n_words, ignore_index)
     dx_ND = torch.empty_like(x_ND)
     sum_VD = torch.zeros(weight_VD.shape, dtype=wide)
     part_VD = x_ND.new_empty(weight_VD.shape)

@@ -3,7 +3,13 @@
 import torch
 from torch import Tensor
 
-from pyllm.cpu_kernels._launch import accumulator, dtype_code, extension, ready
+from pyllm.cpu_kernels._launch import (
+    accumulator,
+    dtype_code,
+    extension,
+    ready,
+    require_range,
+)
 from pyllm.cpu_kernels._routing import sum_rows
 
 
@@ -24,6 +30,7 @@ def moe_combine_backward(
     code, wide = dtype_code("moe_combine", y_RD.dtype), accumulator(y_RD.dtype)
     dy_ND, y_RD = ready(dy_ND, y_RD.dtype), y_RD.contiguous()
     weights_wide, position_NA = ready(weights_NA, wide), ready(position_NA, torch.int32)
+    require_range("moe_combine", "position", position_NA, y_RD.shape[0])
     dy_RD = torch.empty_like(y_RD)
     dweights_NA = torch.empty_like(weights_wide)
     extension().moe_combine_backward(

@@ -63,6 +63,13 @@ def settle_folder(folder: Path) -> None:
         previous.rename(folder)
 
 
+def readable_folder(folder: Path) -> Path:
+    """The folder itself, or the old one if a kill (or the trainer, right now) is between the two
+    renames of :func:`write_folder`. A reader renames nothing: the writer may be at work."""
+    previous = folder.with_name(folder.name + ".old")
+    return previous if not folder.exists() and previous.exists() else folder
+
+
 def _sync(path: Path) -> None:
     # Some systems cannot open a folder for syncing; the rename is still ordered after the files.
     with contextlib.suppress(PermissionError, IsADirectoryError):
@@ -152,8 +159,7 @@ def load_model(
     Raises:
         ValueError: a file is missing, damaged, or does not belong to the others.
     """
-    folder = Path(folder)
-    settle_folder(folder)
+    folder = readable_folder(Path(folder))
     config = load_config(folder)
     tokenizer = Tokenizer.load(folder)
     expected_hash = _read_json(folder / "config.json").get("tokenizer_hash")

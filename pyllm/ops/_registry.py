@@ -16,6 +16,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from pyllm._native import cpu_extension
 
@@ -28,6 +29,13 @@ FACE_PACKAGES = {
     "torch": "pyllm.torch_kernels",
 }
 _DEVICE_KEYS = ("CPU", "CUDA", "MPS")
+
+# Faces written for some devices only: a raw address of another device would crash the process.
+# Triton's interpreter, where it is on, runs on CPU tensors.
+_DEVICES_OF_FACE = {
+    "cpu": ("cpu", "meta"),
+    "triton": ("cuda", "meta") + ("cpu",) * (os.environ.get("TRITON_INTERPRET") == "1"),
+}
 
 # Read once, here: no getenv on the path of a call.
 _FORCED_FACE = os.environ.get("PYLLM_FACE") or None
@@ -61,29 +69,36 @@ def available_faces(op: str) -> tuple[str, ...]:
     return tuple(face for face in FACE_PACKAGES if face_module(op, face) is not None)
 
 
+def _serves(op: str, face: str, device_type: str) -> bool:
+    if device_type not in _DEVICES_OF_FACE.get(face, (device_type,)):
+        return False
+    return face_module(op, face) is not None
+
+
 @cache
 def _best_face(op: str, device_type: str) -> str:
     preferred = PREFERENCES[op].get(device_type, ())
     if _FORCED_FACE is not None:
         preferred = (_FORCED_FACE, *preferred)
-    for face in preferred:
-        if face_module(op, face) is not None:
-            return face
-    return "reference"
+    return next((face for face in preferred if _serves(op, face, device_type)), "reference")
 
 
 @torch.compiler.assume_constant_result  # torch.compile asks once, while tracing
 def choose_face(op: str, device_type: str, face: str | None) -> str:
     """Explicit argument, then ``PYLLM_FACE``, then the best face for the device.
 
+    ``PYLLM_FACE`` is a wish: an operation without that face takes the best one it has.
+
     Raises:
-        ValueError: ``face`` names no face of ``op`` on this machine.
+        ValueError: ``face`` names no face of ``op`` on this machine and device.
     """
     if face is None:
         return _best_face(op, device_type)
-    if face not in FACE_PACKAGES or face_module(op, face) is None:
+    here = [known for known in available_faces(op) if _serves(op, known, device_type)]
+    if face not in here:
         raise ValueError(
-            f"{op} has no face {face!r} here; expected one of {', '.join(available_faces(op))}"
+            f"{op} has no face {face!r} here for tensors on {device_type}; "
+            f"expected one of {', '.join(here)}"
         )
     return face
 
@@ -146,6 +161,10 @@ def _runner(op: str, name: str) -> Callable[..., Any]:
         module = face_module(op, face)
         if module is None:
             raise ValueError(f"{op} has no face {face!r} on this machine")
-        return getattr(module, name)(*values)
+        results = getattr(module, name)(*values)
+        # The fakes promise contiguous results, and compiled code relies on their strides.
+        if isinstance(results, Tensor):
+            return results.contiguous()
+        return tuple(result.contiguous() for result in results)
 
     return run

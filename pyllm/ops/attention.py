@@ -30,7 +30,7 @@ def attention(
         causal: a query sees no later position.
         window: a query sees the last ``window`` positions only, its own included; None for all.
         scale: by default ``1 / sqrt(K)``.
-        face: ``reference``, ``cpu``, ``triton`` or ``torch``; by default the best for the device.
+        face: one of ``available_faces``; by default the best for the device.
 
     Returns:
         (B, T, H, K) in the dtype of ``q``; under autocast in the autocast dtype. A query that sees
@@ -120,5 +120,5 @@ register(
     fake_backward=_fake_backward,
     setup_context=_setup_context,
     gradient=_gradient,
-    faces={"cpu": ("cpu", "torch", "reference"), "cuda": ("triton", "reference")},
+    faces={"cpu": ("cpu", "torch", "reference"), "cuda": ("reference",)},
 )

@@ -34,7 +34,7 @@ def linear_cross_entropy(
         ignore_index: the target of rows without loss.
         reduction: ``mean`` over the rows that count (0 if none does), ``sum``, or ``none`` for
             the loss of each row, (N,).
-        face: ``reference`` or ``cpu``; by default the best for the device.
+        face: one of ``available_faces``; by default the best for the device.
 
     Returns:
         float32 (float64 for float64 input): a scalar, or (N,) for ``none``.

@@ -22,7 +22,7 @@ def moe_combine(
         rows: (N*k, D) floating point, sorted by expert.
         weights: (N, k) floating point.
         position: (N, k) int32 or int64: the row of each choice, a permutation.
-        face: ``reference`` or ``cpu``; by default the best for the device.
+        face: one of ``available_faces``; by default the best for the device.
 
     Returns:
         (N, D) in the dtype of ``rows``; each sum is taken in float32 or wider.

@@ -37,7 +37,7 @@ def moe_dispatch(
         x: (N, D) floating point.
         experts: (N, k) int32 or int64, each in ``[0, n_experts)``.
         n_experts: E.
-        face: ``reference`` or ``cpu``; by default the best for the device.
+        face: one of ``available_faces``; by default the best for the device.
 
     Raises:
         ValueError: wrong shape, dtype or device; on the CPU also an expert out of range.

@@ -38,7 +38,7 @@ def moe_ffn(
         weights: (N, k) floating point, as :func:`route_topk` gives them.
         experts: (N, k) int32 or int64, each in ``[0, E)``.
         activation: ``swiglu`` or ``gelu`` (tanh form).
-        face: ``reference``, ``cpu``, ``triton`` or ``torch``; by default the best for the device.
+        face: one of ``available_faces``; by default the best for the device.
 
     Returns:
         (N, D) in the dtype of ``x``; under autocast in the autocast dtype.
@@ -137,5 +137,5 @@ register(
     fake_backward=_fake_backward,
     setup_context=_setup_context,
     gradient=_gradient,
-    faces={"cpu": ("cpu", "reference"), "cuda": ("triton", "reference")},
+    faces={"cpu": ("cpu", "reference"), "cuda": ("reference",)},
 )

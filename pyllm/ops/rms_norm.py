@@ -16,7 +16,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-5, *, face: str | None =
         x: (..., D), float64, float32, bfloat16 or float16; the arithmetic is in float32 or wider.
         weight: (D,), of any floating dtype.
         eps: added to the mean square.
-        face: ``reference``, ``cpu``, ``triton`` or ``torch``; by default the best for the device.
+        face: one of ``available_faces``; by default the best for the device.
 
     Returns:
         (..., D) in the dtype of ``x``.

@@ -16,7 +16,7 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor, *, face: str | None = None) -> Ten
         x: (B, T, H, K) floating point, K even.
         cos, sin: (T, K/2), or (B, T, K/2) where the rows of a batch stand at different positions.
             They are tables: no gradient flows into them.
-        face: ``reference`` or ``cpu``; by default the best for the device.
+        face: one of ``available_faces``; by default the best for the device.
 
     Raises:
         ValueError: wrong shape, dtype or device, or an odd head size.

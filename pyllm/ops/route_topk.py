@@ -34,7 +34,7 @@ def route_topk(logits: Tensor, top_k: int, *, face: str | None = None) -> Routin
     Args:
         logits: (N, E) floating point; computed in float32 or wider.
         top_k: experts per token, 1 to E.
-        face: ``reference`` or ``cpu``; by default the best for the device.
+        face: one of ``available_faces``; by default the best for the device.
 
     Raises:
         ValueError: wrong shape or dtype, or ``top_k`` outside of 1 to E.

@@ -19,7 +19,7 @@ gradients of the query heads that share it.
 import torch
 from torch import Tensor
 
-from pyllm.reference._precision import accumulation_dtype
+from pyllm.reference._precision import accumulation_dtype, product_dtype
 
 
 def visible(n_queries: int, n_keys: int, causal: bool, window: int, device: torch.device) -> Tensor:
@@ -37,7 +37,9 @@ def visible(n_queries: int, n_keys: int, causal: bool, window: int, device: torc
 def _scores(q_BGJTK: Tensor, k_BSGK: Tensor, scale: float, causal: bool, window: int) -> Tensor:
     """Masked, scaled scores (B, G, J, T, S); J query heads share a kv head."""
     k_BG1KS = k_BSGK.permute(0, 2, 3, 1).unsqueeze(2)
-    s_BGJTS = (q_BGJTK @ k_BG1KS).to(accumulation_dtype(q_BGJTK.dtype)) * scale
+    product = product_dtype(q_BGJTK.dtype)
+    s_BGJTS = q_BGJTK.to(product) @ k_BG1KS.to(product)
+    s_BGJTS = s_BGJTS.to(accumulation_dtype(q_BGJTK.dtype)) * scale
     sees_TS = visible(q_BGJTK.shape[3], k_BSGK.shape[1], causal, window, q_BGJTK.device)
     return s_BGJTS.masked_fill_(~sees_TS, float("-inf"))
 

@@ -16,7 +16,7 @@ The loss is per row, so that a policy gradient can weight each token on its own.
 import torch
 from torch import Tensor
 
-from pyllm.reference._precision import accumulation_dtype
+from pyllm.reference._precision import accumulation_dtype, product_dtype
 
 CHUNK = 512
 """Rows at a time: 512 rows of 4,096 bfloat16 logits are 4 MB and stay in the second-level cache."""
@@ -30,11 +30,12 @@ def linear_cross_entropy_forward(
     A row whose target is ``ignore_index`` has loss 0.
     """
     wide = accumulation_dtype(x_ND.dtype)
+    product = product_dtype(x_ND.dtype)
     loss_N = torch.empty(x_ND.shape[0], dtype=wide, device=x_ND.device)
     lse_N = torch.empty_like(loss_N)
     for start in range(0, x_ND.shape[0], CHUNK):
         rows = slice(start, start + CHUNK)
-        z_CV = (x_ND[rows] @ weight_VD.t()).to(wide)
+        z_CV = (x_ND[rows].to(product) @ weight_VD.t().to(product)).to(wide)
         targets_C = targets_N[rows]
         counted_C = targets_C != ignore_index
         picked_C = z_CV.gather(1, targets_C.where(counted_C, 0).unsqueeze(1)).squeeze(1)
@@ -53,11 +54,12 @@ def linear_cross_entropy_backward(
 ) -> tuple[Tensor, Tensor]:
     """Return ``(dx_ND, dweight_VD)``; ``dweight`` is summed in float32 or wider."""
     wide = lse_N.dtype
+    product = product_dtype(x_ND.dtype)
     dx_ND = torch.empty_like(x_ND)
     dweight_VD = torch.zeros(weight_VD.shape, dtype=wide, device=weight_VD.device)
     for start in range(0, x_ND.shape[0], CHUNK):
         rows = slice(start, start + CHUNK)
-        z_CV = (x_ND[rows] @ weight_VD.t()).to(wide)
+        z_CV = (x_ND[rows].to(product) @ weight_VD.t().to(product)).to(wide)
         targets_C = targets_N[rows]
         counted_C = targets_C != ignore_index
         dz_CV = (z_CV - lse_N[rows].unsqueeze(1)).exp_()

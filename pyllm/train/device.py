@@ -65,6 +65,8 @@ def matmul_peak(device: torch.device, dtype: torch.dtype, size: int = 2048) -> f
         a @ a
         if device.type == "cuda":
             torch.cuda.synchronize()
+        elif device.type == "mps":
+            torch.mps.synchronize()
         best = min(best, time.perf_counter() - start)
     return 2 * size**3 / best
 

@@ -21,13 +21,13 @@ _QUINTIC = (3.4445, -4.7750, 2.0315)
 """Coefficients of Jordan's Newton-Schulz step; it lifts every singular value to 0.7 ... 1.2."""
 
 
-def orthogonalise(matrix: Tensor, steps: int = 5) -> Tensor:
-    """The semi-orthogonal factor of (..., m, n), by ``steps`` Newton-Schulz iterations in bf16.
+def orthogonalise(matrix: Tensor, steps: int = 5, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    """The semi-orthogonal factor of (..., m, n), by Newton-Schulz iterations in ``dtype``.
 
     ``X <- a X + (b A + c A^2) X`` with ``A = X X^T``, from X of unit Frobenius norm.
     """
     a, b, c = _QUINTIC
-    x = matrix.reshape(-1, *matrix.shape[-2:]).bfloat16()
+    x = matrix.reshape(-1, *matrix.shape[-2:]).to(dtype)
     tall = x.shape[-2] > x.shape[-1]
     if tall:
         x = x.mT
@@ -47,6 +47,10 @@ class Muon(torch.optim.Optimizer):
         lr: learning rate, on AdamW's scale.
         momentum: Nesterov's.
         weight_decay: decoupled, as in AdamW.
+        dtype: of the Newton-Schulz iterations; bfloat16 is enough where it is fast.
+
+    A matrix whose gradient is exactly zero (an expert that got no token) is left as it is:
+    orthogonalising would blow the rest of its momentum up to an update of full size.
     """
 
     def __init__(
@@ -55,7 +59,9 @@ class Muon(torch.optim.Optimizer):
         lr: float = 1e-3,
         momentum: float = 0.95,
         weight_decay: float = 0.0,
+        dtype: torch.dtype = torch.bfloat16,
     ) -> None:
+        self.dtype = dtype
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
         for group in self.param_groups:
             for parameter in group["params"]:
@@ -81,8 +87,11 @@ class Muon(torch.optim.Optimizer):
                     state["momentum_buffer"] = torch.zeros_like(parameter)
                 momentum = state["momentum_buffer"]
                 momentum.mul_(group["momentum"]).add_(parameter.grad)
-                update = orthogonalise(parameter.grad.add(momentum, alpha=group["momentum"]))
-                parameter.mul_(1 - group["lr"] * group["weight_decay"])
-                scale = 0.2 * max(parameter.shape[-2:]) ** 0.5
-                parameter.add_(update, alpha=-group["lr"] * scale)
+                update = orthogonalise(
+                    parameter.grad.add(momentum, alpha=group["momentum"]), dtype=self.dtype
+                )
+                update *= 0.2 * max(parameter.shape[-2:]) ** 0.5
+                update.add_(parameter, alpha=group["weight_decay"])
+                used = parameter.grad.flatten(-2).any(-1)[..., None, None]
+                parameter.sub_(update.mul_(used), alpha=group["lr"])
         return loss

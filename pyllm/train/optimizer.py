@@ -21,7 +21,9 @@ def learning_rate(step: int, config: TrainConfig) -> float:
     return config.learning_rate * (low + (1 - low) * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
-def make_optimizers(model: nn.Module, config: TrainConfig) -> list[Optimizer]:
+def make_optimizers(
+    model: nn.Module, config: TrainConfig, dtype: torch.dtype = torch.float32
+) -> list[Optimizer]:
     """AdamW for everything, or Muon for the matrices inside the blocks and AdamW for the rest.
 
     Weight decay falls on matrices only: not on norms, biases, embeddings or the router (decaying
@@ -39,12 +41,19 @@ def make_optimizers(model: nn.Module, config: TrainConfig) -> list[Optimizer]:
     groups: list[dict[str, Any]] = [{"params": plain, "weight_decay": 0.0}]
     if decayed:
         groups.append({"params": decayed, "weight_decay": config.weight_decay})
-    fused = plain[0].device.type in ("cpu", "cuda", "mps")
     optimizers: list[Optimizer] = [
         torch.optim.AdamW(
-            groups, lr=config.learning_rate, betas=(config.beta1, config.beta2), fused=fused
+            groups, lr=config.learning_rate, betas=(config.beta1, config.beta2), fused=True
         )
     ]
     if muon:
-        optimizers.append(Muon(muon, lr=config.learning_rate, weight_decay=config.weight_decay))
+        optimizers.append(
+            Muon(
+                muon,
+                lr=config.learning_rate,
+                weight_decay=config.weight_decay,
+                # float16 has too few exponents for the iterations.
+                dtype=torch.bfloat16 if dtype == torch.bfloat16 else torch.float32,
+            )
+        )
     return optimizers

@@ -13,15 +13,16 @@ from rich.console import Console
 from pyllm.data import (
     TokenFile,
     read_texts,
+    sidecar_path,
     split_documents,
     story_windows,
     write_stories,
     write_tokens,
 )
 from pyllm.evaluate import BitsPerByte, bits_per_byte
-from pyllm.models import ModelConfig, Transformer, count_parameters, load_model
+from pyllm.models import ModelConfig, Transformer, count_parameters, load_model, preset
 from pyllm.tokenizers import Tokenizer, train_bpe
-from pyllm.train.config import DataConfig, RunConfig, TrainConfig
+from pyllm.train.config import TRAIN_PRESETS, DataConfig, RunConfig, TrainConfig
 from pyllm.train.device import apply_threads, autocast, choose_device, choose_dtype
 from pyllm.train.log import RunLog, draw
 from pyllm.train.trainer import Trainer, seed_everything
@@ -57,6 +58,7 @@ def run_training(config: RunConfig, console: Console | None = None) -> RunResult
     console = console or Console()
     if config.resume:
         folder = Path(config.resume)
+        refuse_other_flags(config)
         config = read_run_config(folder)
     else:
         folder = Path(config.out or default_folder(config.preset))
@@ -72,6 +74,10 @@ def run_training(config: RunConfig, console: Console | None = None) -> RunResult
     text = prepare_text(config, folder)
     if not config.resume:
         config = fit_model(config, text.tokenizer, console)
+        # What was chosen, not "auto": a resumed run must not choose again.
+        chosen: Any = {"device": device.type, "dtype": str(dtype).removeprefix("torch.")}
+        threads = torch.get_num_threads()
+        config = replace(config, train=replace(config.train, threads=threads, **chosen))
         folder.mkdir(parents=True, exist_ok=True)
         write_run_config(folder, config)
     train_file, valid_file = prepare_tokens(text, folder)
@@ -94,6 +100,11 @@ def run_training(config: RunConfig, console: Console | None = None) -> RunResult
     with RunLog(folder, config.train.max_steps, trainer.progress.step, console) as log:
         try:
             progress = trainer.train(log)
+        except torch.OutOfMemoryError as error:
+            raise ValueError(
+                f"out of memory on {device.type} ({str(error).splitlines()[0]}); halve "
+                "--train.batch-size and double --train.accumulation, or give --train.recompute"
+            ) from None
         except KeyboardInterrupt:
             log.flush()
             draw(folder)
@@ -177,7 +188,7 @@ def prepare_tokens(text: Text, folder: Path) -> tuple[TokenFile, TokenFile]:
     files = []
     for split, texts in (("train", text.train), ("valid", text.valid)):
         path = place / f"{split}.bin"
-        if path.exists():
+        if path.exists() and sidecar_path(path).exists():
             file = TokenFile.open(path)
             file.require_tokenizer(text.tokenizer)
         else:
@@ -201,6 +212,24 @@ def fit_model(config: RunConfig, tokenizer: Tokenizer, console: Console) -> RunC
         )
         config = replace(config, model=replace(model, vocab_size=tokenizer.vocab_size))
     return config
+
+
+def refuse_other_flags(config: RunConfig) -> None:
+    """A resumed run keeps its settings; flags beside ``--resume`` would be ignored.
+
+    Raises:
+        ValueError: there are some.
+    """
+    fresh = RunConfig(
+        preset=config.preset,
+        model=preset(config.preset),
+        train=TRAIN_PRESETS[config.preset],
+        resume=config.resume,
+    )
+    if config != fresh or config.preset != RunConfig.preset:
+        raise ValueError(
+            "--resume goes on with the settings in the run's config.json; leave the other flags out"
+        )
 
 
 def fits_val_bpb(model: ModelConfig, text: Text, console: Console) -> bool:

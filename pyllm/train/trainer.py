@@ -79,12 +79,11 @@ class Trainer:
             self.train_file, config.batch_size, config.seq_len, config.seed
         )
         self.valid_batches = fixed_batches(self.valid_file, config)
-        self.optimizers = make_optimizers(self.model, config)
-        self.scaler = torch.amp.GradScaler(
-            self.device.type, enabled=self.dtype == torch.float16 and self.device.type != "cpu"
-        )
+        self.optimizers = make_optimizers(self.model, config, self.dtype)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         self.progress = Progress()
         self._bad_in_a_row = 0
+        self._mark = time.perf_counter()
 
     def resume(self) -> None:
         """Go on from the run folder's last checkpoint.
@@ -108,13 +107,13 @@ class Trainer:
         flops *= count_flops(self.model.config, config.seq_len).total
         peak = matmul_peak(self.device, self.dtype)
         self.model.train()
+        self._mark = time.perf_counter()
         with held_interrupt() as interrupted:
             while progress.step < config.max_steps:
                 started = time.perf_counter()
                 metrics = self.step(progress.step)
                 progress.step += 1
                 seconds = time.perf_counter() - started
-                progress.trained_seconds += seconds
                 metrics["tok_per_sec"] = config.tokens_per_step / seconds
                 metrics["mfu"] = flops / seconds / peak
                 last = progress.step == config.max_steps
@@ -194,20 +193,23 @@ class Trainer:
     def _expert_load(self, load_LE: Tensor) -> dict[str, Any]:
         share_LE = load_LE / load_LE.sum(-1, keepdim=True)
         idle = self.progress.idle_steps or [[0] * load_LE.shape[1]] * load_LE.shape[0]
-        self.progress.idle_steps = [
+        idle = [
             [0 if used else steps + 1 for used, steps in zip(*layer, strict=True)]
             for layer in zip(load_LE.tolist(), idle, strict=True)
         ]
-        for layer, steps_E in enumerate(self.progress.idle_steps):
-            if DEAD_AFTER_STEPS in steps_E:
-                warnings.warn(
-                    f"MoE layer {layer + 1}: expert {steps_E.index(DEAD_AFTER_STEPS)} got no "
-                    f"token for {DEAD_AFTER_STEPS} steps; raise --train.balance-coef",
-                    stacklevel=2,
-                )
+        self.progress.idle_steps = idle
+        for layer, steps_E in enumerate(idle):
+            for expert, steps in enumerate(steps_E):
+                if steps == DEAD_AFTER_STEPS:
+                    warnings.warn(
+                        f"MoE layer {layer + 1}: expert {expert} got no token for {steps} steps; "
+                        "raise --train.balance-coef",
+                        stacklevel=2,
+                    )
         ratio = (share_LE.amax(-1) * share_LE.shape[1]).mean().item()
         rounded = [[round(share, 5) for share in layer] for layer in share_LE.tolist()]
-        return {"expert_load_max_over_mean": ratio, "expert_load": rounded}
+        dead = sum(steps >= DEAD_AFTER_STEPS for layer in idle for steps in layer)
+        return {"expert_load_max_over_mean": ratio, "dead_experts": dead, "expert_load": rounded}
 
     def validate(self) -> float:
         """Loss on the fixed validation batches, in nats per token."""
@@ -233,6 +235,7 @@ class Trainer:
     def save(self, name: str, log: RunLog) -> None:
         """Write the checkpoint ``last`` or ``best``."""
         log.flush()
+        self._count_time()
         save_checkpoint(
             self.folder / name,
             self.model,
@@ -241,3 +244,10 @@ class Trainer:
             self.scaler,
             self.progress,
         )
+        self._count_time()
+
+    def _count_time(self) -> None:
+        """All of the loop counts as training time: steps, evaluations, samples, checkpoints."""
+        now = time.perf_counter()
+        self.progress.trained_seconds += now - self._mark
+        self._mark = now

@@ -214,4 +214,5 @@ def test_a_kill_between_the_renames_leaves_a_whole_folder(tmp_path, monkeypatch,
 def test_a_model_is_loaded_after_a_kill_between_the_renames(folder):
     folder.rename(folder.with_name("model.old"))
     load_model(folder)
-    assert folder.is_dir()
+    # The trainer may be between its two renames right now: a reader leaves the names alone.
+    assert not folder.exists()

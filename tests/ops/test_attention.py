@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from pyllm.ops import attention
+from pyllm.ops import attention, available_faces
 from pyllm.ops._registry import face_module
 from pyllm.testing.cases.attention import ATTENTION
 from pyllm.testing.suite import OperationSuite
@@ -71,3 +71,21 @@ def _tensors(*, heads: int = 4, kv_heads: int = 2, keys: int = 5) -> tuple[torch
 def test_bad_input(tensors: list[torch.Tensor], options: dict[str, int], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         attention(*tensors, **options)
+
+
+@pytest.mark.parametrize("face", ["reference", "cpu"])
+def test_scores_beyond_float16(face: str) -> None:
+    # 300 x 300 x 64 = 5,760,000, and float16 ends at 65,504.
+    q = torch.full((1, 4, 1, 64), 300.0, dtype=torch.float16)
+    v = torch.randn(1, 4, 1, 64).half()
+    y = attention(q.requires_grad_(), q.detach().clone(), v, face=_or_skip("attention", face))
+    expected = v.float().cumsum(1) / torch.arange(1, 5).view(1, 4, 1, 1)
+    torch.testing.assert_close(y.float(), expected, atol=2e-3, rtol=2e-3)
+    (gradient,) = torch.autograd.grad(y.float().sum(), q)
+    assert gradient.isfinite().all()
+
+
+def _or_skip(op: str, face: str) -> str:
+    if face not in available_faces(op):
+        pytest.skip(f"the face {face} is not available here")
+    return face

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from pyllm.ops import available_faces, rms_norm
-from pyllm.ops._registry import FACE_PACKAGES, face_module
+from pyllm.ops._registry import FACE_PACKAGES, choose_face, face_module
 from pyllm.testing import OPERATIONS
 
 FACES = [(op, face) for op in OPERATIONS for face in available_faces(op) if face != "reference"]
@@ -37,8 +37,19 @@ def test_every_operation_has_a_reference(op: str) -> None:
 
 
 def test_an_unknown_face() -> None:
-    with pytest.raises(ValueError, match="rms_norm has no face 'cobol' here; expected one of"):
+    with pytest.raises(ValueError, match="rms_norm has no face 'cobol' here for tensors on cpu"):
         rms_norm(torch.ones(1, 2), torch.ones(2), face="cobol")
+
+
+@pytest.mark.parametrize("op", OPERATIONS)
+def test_a_face_gets_no_foreign_tensors(op: str) -> None:
+    for face in ("cpu", "triton"):
+        if face not in available_faces(op):
+            continue
+        device = "cuda" if face == "cpu" else "mps"
+        with pytest.raises(ValueError, match=f"no face '{face}' here for tensors on {device}"):
+            choose_face(op, device, face)
+        assert choose_face(op, device, None) != face
 
 
 def _python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:

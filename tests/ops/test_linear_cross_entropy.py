@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from pyllm.ops import linear_cross_entropy
+from pyllm.ops import available_faces, linear_cross_entropy
 from pyllm.ops._registry import face_module
 from pyllm.testing.cases.linear_cross_entropy import LINEAR_CROSS_ENTROPY
 from pyllm.testing.suite import OperationSuite
@@ -72,3 +72,25 @@ def test_bad_input(change: dict[str, object], message: str) -> None:
     inputs = {"x": torch.ones(2, 4), "weight": torch.ones(5, 4), "targets": torch.tensor([0, 1])}
     with pytest.raises(ValueError, match=message):
         linear_cross_entropy(**{**inputs, **change})
+
+
+@pytest.mark.parametrize("face", available_faces("linear_cross_entropy"))
+def test_logits_beyond_float16(face: str) -> None:
+    x = torch.full((2, 64), 300.0, dtype=torch.float16)
+    weight = torch.stack([torch.full((64,), 300.0), torch.full((64,), 299.0)]).half()
+    loss = linear_cross_entropy(x, weight, torch.tensor([0, 1]), reduction="none", face=face)
+    torch.testing.assert_close(loss, torch.tensor([0.0, 300.0 * 64]))
+
+
+@pytest.mark.parametrize("target", [16, 10**11, -1])
+@pytest.mark.parametrize("face", available_faces("linear_cross_entropy"))
+def test_a_compiled_call_reads_no_foreign_memory(face: str, target: int) -> None:
+    if face == "reference":
+        pytest.skip("PyTorch's own gather refuses the index")
+
+    def call(x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return linear_cross_entropy(x, weight, targets, face=face)
+
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    with pytest.raises(ValueError, match="targets must be between 0 and 15"):
+        compiled(torch.randn(3, 8), torch.randn(16, 8), torch.tensor([0, target, 2]))

@@ -43,3 +43,10 @@ def test_bad_input(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         moe_combine(rows, weights, position)
+
+
+def test_a_compiled_call_reads_no_foreign_memory() -> None:
+    compiled = torch.compile(moe_combine, fullgraph=True, backend="aot_eager")
+    rows, weights = torch.randn(4, 8), torch.rand(2, 2)
+    with pytest.raises((ValueError, IndexError), match="position must be|out of bounds"):
+        compiled(rows, weights, torch.tensor([[0, 1], [2, 10**6]], dtype=torch.int32))

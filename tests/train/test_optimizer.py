@@ -135,6 +135,22 @@ def test_muon_leaves_alone_what_has_no_gradient() -> None:
     assert torch.equal(weight.detach(), torch.ones(3, 4))
 
 
+def test_muon_leaves_an_idle_expert_alone() -> None:
+    """Its momentum fades, but orthogonalised it would be a full-size update at every step."""
+    torch.manual_seed(0)
+    stack = torch.nn.Parameter(torch.randn(2, 6, 8))
+    optimizer = Muon([stack], lr=0.1, weight_decay=0.1)
+    stack.grad = torch.randn(2, 6, 8)
+    optimizer.step()
+    after_one = stack.detach().clone()
+    for _ in range(5):
+        stack.grad = torch.randn(2, 6, 8)
+        stack.grad[1] = 0
+        optimizer.step()
+    assert torch.equal(stack[1], after_one[1])
+    assert not torch.equal(stack[0], after_one[0])
+
+
 def test_muon_refuses_vectors() -> None:
     with pytest.raises(ValueError, match=r"expected matrices or stacks of them, got shape \(5,\)"):
         Muon([torch.nn.Parameter(torch.ones(5))])

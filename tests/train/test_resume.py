@@ -19,7 +19,7 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 
 from pyllm.data import write_stories
-from pyllm.train import RunConfig, Trainer, run_training
+from pyllm.train import RunConfig, TrainConfig, Trainer, run_training
 from pyllm.train.checkpoint import load_checkpoint, save_checkpoint
 from pyllm.train.log import keep_rows, read_metrics
 from pyllm.train.run import read_run_config
@@ -40,6 +40,7 @@ DYING_RUN = """
 import os, runpy, signal, sys
 from pathlib import Path
 
+from pyllm.data import token_file
 from pyllm.tokenizers import Tokenizer
 from pyllm.train import Muon, Trainer, checkpoint
 
@@ -64,6 +65,8 @@ def at_call(owner, name, number, act):
 
 if where == "before_the_tokenizer_is_there":
     at_call(Tokenizer, "save", 1, die)
+elif where == "before_the_sidecar_is_there":
+    at_call(token_file, "_write_sidecar", 2, die)
 elif where == "between_checkpoints":
     at_call(Trainer, "step", 9, die)
 elif where == "in_the_middle_of_a_checkpoint":
@@ -96,6 +99,7 @@ runpy.run_path(script, run_name="__main__")
 # Exit code, and the step the resumed run begins with.
 DEATHS = {
     "before_the_tokenizer_is_there": (-signal.SIGKILL, 0),
+    "before_the_sidecar_is_there": (-signal.SIGKILL, 0),
     "between_checkpoints": (-signal.SIGKILL, 5),
     "in_the_middle_of_a_checkpoint": (-signal.SIGKILL, 5),
     "between_two_renames": (-signal.SIGKILL, 5),
@@ -187,6 +191,40 @@ def test_resuming_a_finished_run_changes_nothing(runs: Path) -> None:
     before = rows_without_times(runs / "whole")
     run_training(RunConfig(resume=str(runs / "whole")), Console(quiet=True))
     assert rows_without_times(runs / "whole") == before
+
+
+def test_the_saved_settings_are_the_chosen_ones(runs: Path) -> None:
+    train = json.loads((runs / "whole" / "config.json").read_text())["train"]
+    assert (train["device"], train["dtype"], train["threads"]) == ("cpu", "float32", 1)
+
+
+def test_other_flags_beside_resume_are_refused(runs: Path) -> None:
+    config = RunConfig(resume=str(runs / "whole"), train=TrainConfig(max_steps=99))
+    with pytest.raises(ValueError, match="leave the other flags out"):
+        run_training(config, Console(quiet=True))
+
+
+def test_resumed_at_the_default_precision_and_threads(runs: Path, tmp_path: Path) -> None:
+    """What a user has: the machine's own dtype, all cores; killed after a checkpoint."""
+    data = ["--data", str(runs / "train.txt"), "--valid", str(runs / "valid.txt")]
+    flags = FLAGS[: FLAGS.index("--train.dtype")]
+    for name, death in (("whole", "whole"), ("dead", "between_checkpoints")):
+        done = subprocess.run(
+            [sys.executable, "-c", DYING_RUN, death, str(SCRIPT), *data, *flags]
+            + ["--out", str(tmp_path / name)],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == (0 if name == "whole" else -signal.SIGKILL), done.stderr
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT), "--resume", str(tmp_path / "dead")],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert_same_run(tmp_path / "dead", tmp_path / "whole")
 
 
 def test_rows_after_the_checkpoint_are_cut_off(tmp_path: Path) -> None:

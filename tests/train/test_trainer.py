@@ -11,8 +11,8 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from pyllm.models import ModelConfig, ModelOutput
-from pyllm.train import Trainer, TrainingError
+from pyllm.models import ModelConfig, ModelOutput, preset
+from pyllm.train import TRAIN_PRESETS, Trainer, TrainingError
 from pyllm.train import trainer as trainer_module
 from pyllm.train.log import RunLog, draw, read_metrics
 
@@ -65,6 +65,40 @@ def test_router_and_every_expert_get_gradient(make_trainer: Callable[..., Traine
             assert counts.min() > 10, f"{name}: {counts.tolist()} of 100 steps"
         elif name != "embedding.weight":
             assert counts.min() > 0, name
+
+
+@pytest.mark.slow
+def test_moe_tiny_reaches_every_expert_and_balances_them(
+    make_trainer: Callable[..., Trainer],
+) -> None:
+    """The preset itself, 100 steps of short sequences, with the balance loss and without."""
+    loads = {}
+    for coefficient in (TRAIN_PRESETS["moe-tiny"].balance_coef, 0.0):
+        trainer = make_trainer(
+            replace(preset("moe-tiny"), vocab_size=300),
+            max_steps=100,
+            batch_size=4,
+            seq_len=64,
+            learning_rate=TRAIN_PRESETS["moe-tiny"].learning_rate,
+            warmup_steps=10,
+            balance_coef=coefficient,
+        )
+        gradients = record_gradients(trainer)
+        reached: dict[str, Tensor] = {}
+        ratios = []
+        for step in range(100):
+            ratios.append(trainer.step(step)["expert_load_max_over_mean"])
+            for name, gradient in gradients.items():
+                if name.endswith(("router", "w_in", "w_out")):
+                    per_expert = gradient.flatten(1).any(1)
+                    reached[name] = reached.get(name, 0) + per_expert.int()
+        if coefficient:
+            assert len(reached) == 3 * trainer.model.config.n_layers
+            for name, counts in reached.items():
+                assert counts.shape == (8,) and counts.min() > 50, f"{name}: {counts.tolist()}"
+        loads[coefficient] = sum(ratios[-30:]) / 30
+    with_loss, without = loads.values()
+    assert with_loss < 0.9 * without
 
 
 def test_an_unused_expert_gets_none(
