@@ -189,7 +189,11 @@ def train(
         print(f"out of memory; now {training.batch_size} sequences a micro-batch")
     # Read before the validation, which keeps nothing for a backward but takes larger batches.
     peak = peak_memory_bytes(device)
-    bpb = bits_per_byte(model, tokenizer, valid, autocast(device, dtype))
+    try:
+        bpb = bits_per_byte(model, tokenizer, valid, autocast(device, dtype))
+        scores = {"val_loss": trainer.validate(), "val_bpb": bpb.value, "val_bytes": bpb.bytes}
+    except torch.cuda.OutOfMemoryError as error:  # what was trained and timed is kept all the same
+        scores = {"val_loss": None, "val_bpb": None, "validation_error": str(error)}
     settled = seconds[1:] if len(seconds) > 2 else seconds
     low, middle, high = statistics.quantiles(settled, n=4)
     result = {
@@ -203,9 +207,7 @@ def train(
         "peak_reserved": torch.cuda.max_memory_reserved() if device.type == "cuda" else None,
         "skipped_steps": skipped,
         "train_loss": {"every": 10, "values": losses[::10], "last": losses[-1]},
-        "val_loss": trainer.validate(),
-        "val_bpb": bpb.value,
-        "val_bytes": bpb.bytes,
+        **scores,
     }
     shown = ("steps", "tokens_per_second", "peak_memory", "val_loss", "val_bpb")
     print("training:", {name: result[name] for name in shown})

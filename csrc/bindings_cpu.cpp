@@ -22,19 +22,6 @@ const void* in(Address address) { return reinterpret_cast<const void*>(address);
 void* out(Address address) { return reinterpret_cast<void*>(address); }
 pyllm::DType dtype_of(int code) { return static_cast<pyllm::DType>(code); }
 
-void rms_norm_forward(int dtype, Address x, Address weight, double eps, Address y, Address rstd,
-                      std::int64_t rows, std::int64_t width, int n_threads) {
-  PYLLM_PICK(rms_norm_forward)
-  (dtype_of(dtype), in(x), in(weight), eps, out(y), out(rstd), rows, width, n_threads);
-}
-
-void rms_norm_backward(int dtype, Address dy, Address x, Address weight, Address rstd, Address dx,
-                       Address dweight, std::int64_t rows, std::int64_t width, int n_threads) {
-  PYLLM_PICK(rms_norm_backward)
-  (dtype_of(dtype), in(dy), in(x), in(weight), in(rstd), out(dx), out(dweight), rows, width,
-   n_threads);
-}
-
 // How an argument of a kernel comes from Python: addresses and dtype codes are integers there.
 template <class T>
 struct FromPython {
@@ -89,9 +76,8 @@ PYBIND11_MODULE(_cpu, module) {
   module.def("active_isa", &pyllm::active_isa_name);
   module.def("parallel_backend", &pyllm::parallel_backend);
 
-  using ReleaseGil = py::call_guard<py::gil_scoped_release>;
-  module.def("rms_norm_forward", &rms_norm_forward, ReleaseGil());
-  module.def("rms_norm_backward", &rms_norm_backward, ReleaseGil());
+  PYLLM_DEFINE(rms_norm_forward);
+  PYLLM_DEFINE(rms_norm_backward);
   PYLLM_DEFINE(sort_by_expert);
   PYLLM_DEFINE(gather_rows);
   PYLLM_DEFINE(moe_combine_forward);

@@ -27,10 +27,6 @@ struct AttentionBlock {
 constexpr std::int64_t kElementsPerRange = 8192;
 constexpr std::int64_t kBytesPerRange = 32768;
 
-std::int64_t per_range(std::int64_t budget, std::int64_t size) {
-  return budget / (size > 0 ? size : 1) + 1;
-}
-
 // Where a row of scores stands: which keys it may see, as columns of the block, and where its
 // log-sum-exp is kept.
 struct Row {
@@ -125,7 +121,7 @@ template <class Storage>
 void softmax(const AttentionBlock& block, Storage* scores, Wide<Storage>* lse, int n_threads) {
   using W = Wide<Storage>;
   const std::int64_t rows = block.n_pairs * block.padded_rows, columns = block.padded_keys;
-  parallel_for(rows, per_range(kElementsPerRange, columns), n_threads,
+  parallel_for(rows, rows_per_range(kElementsPerRange, columns), n_threads,
                [=](std::int64_t begin, std::int64_t end) {
                  W* buffer = new W[columns];
                  for (std::int64_t i = begin; i < end; ++i) {
@@ -151,7 +147,7 @@ void softmax_gradient(const AttentionBlock& block, Storage* scores, Storage* dp,
                       const Wide<Storage>* lse, const Wide<Storage>* delta, int n_threads) {
   using W = Wide<Storage>;
   const std::int64_t rows = block.n_pairs * block.padded_rows, columns = block.padded_keys;
-  parallel_for(rows, per_range(kElementsPerRange, columns), n_threads,
+  parallel_for(rows, rows_per_range(kElementsPerRange, columns), n_threads,
                [=](std::int64_t begin, std::int64_t end) {
                  for (std::int64_t i = begin; i < end; ++i) {
                    Storage* s = scores + i * columns;
@@ -177,7 +173,7 @@ void row_products(const Storage* dy, const Storage* y, Wide<Storage>* delta, std
                   std::int64_t tokens, std::int64_t heads, std::int64_t width, int n_threads) {
   using W = Wide<Storage>;
   const std::int64_t rows = batch * tokens * heads;
-  parallel_for(rows, per_range(kElementsPerRange, width), n_threads,
+  parallel_for(rows, rows_per_range(kElementsPerRange, width), n_threads,
                [=](std::int64_t begin, std::int64_t end) {
                  for (std::int64_t row = begin; row < end; ++row) {
                    const Storage* __restrict a = dy + row * width;
@@ -201,7 +197,7 @@ void pack_heads(const void* heads, std::int64_t item_size, std::int64_t batch_st
   const auto* from = static_cast<const char*>(heads);
   auto* to = static_cast<char*>(packed);
   const std::int64_t bytes = width * item_size;
-  const std::int64_t grain = per_range(kBytesPerRange, bytes);
+  const std::int64_t grain = rows_per_range(kBytesPerRange, bytes);
   parallel_for(n_pairs * padded_rows, grain, n_threads, [=](std::int64_t begin, std::int64_t end) {
     for (std::int64_t i = begin; i < end; ++i) {
       const std::int64_t pair = first_pair + i / padded_rows, row = i % padded_rows;
@@ -225,7 +221,7 @@ void unpack_heads(const void* packed, std::int64_t item_size, std::int64_t group
   auto* to = static_cast<char*>(heads);
   // The heads of a group lie side by side on both sides: one copy per token.
   const std::int64_t bytes = shared * width * item_size;
-  const std::int64_t grain = per_range(kBytesPerRange, bytes);
+  const std::int64_t grain = rows_per_range(kBytesPerRange, bytes);
   parallel_for(n_pairs * tokens, grain, n_threads, [=](std::int64_t begin, std::int64_t end) {
     for (std::int64_t i = begin; i < end; ++i) {
       const std::int64_t pair = i / tokens, token = i % tokens;

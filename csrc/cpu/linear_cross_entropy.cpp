@@ -15,10 +15,6 @@ namespace {
 // Elements in a range handed to a thread: enough to hide the hand-over (about 1 us).
 constexpr std::int64_t kElementsPerRange = 16384;
 
-std::int64_t rows_per_range(std::int64_t width) {
-  return kElementsPerRange / (width > 0 ? width : 1) + 1;
-}
-
 template <class Storage>
 Wide<Storage> log_sum_exp(const Storage* __restrict z, std::int64_t width) {
   using W = Wide<Storage>;
@@ -40,14 +36,15 @@ template <class Storage>
 void forward(const Storage* logits, const std::int64_t* targets, std::int64_t ignore_index,
              Wide<Storage>* loss, Wide<Storage>* lse, std::int64_t rows, std::int64_t width,
              int n_threads) {
-  parallel_for(rows, rows_per_range(width), n_threads, [=](std::int64_t begin, std::int64_t end) {
-    for (std::int64_t row = begin; row < end; ++row) {
-      const Storage* z = logits + row * width;
-      lse[row] = log_sum_exp(z, width);
-      const std::int64_t target = targets[row];
-      loss[row] = target == ignore_index ? 0 : lse[row] - widen(z[target]);
-    }
-  });
+  parallel_for(rows, rows_per_range(kElementsPerRange, width), n_threads,
+               [=](std::int64_t begin, std::int64_t end) {
+                 for (std::int64_t row = begin; row < end; ++row) {
+                   const Storage* z = logits + row * width;
+                   lse[row] = log_sum_exp(z, width);
+                   const std::int64_t target = targets[row];
+                   loss[row] = target == ignore_index ? 0 : lse[row] - widen(z[target]);
+                 }
+               });
 }
 
 template <class Storage>
@@ -55,23 +52,24 @@ void backward(Storage* logits, const std::int64_t* targets, std::int64_t ignore_
               const Wide<Storage>* lse, const Wide<Storage>* dloss, std::int64_t rows,
               std::int64_t width, int n_threads) {
   using W = Wide<Storage>;
-  parallel_for(rows, rows_per_range(width), n_threads, [=](std::int64_t begin, std::int64_t end) {
-    for (std::int64_t row = begin; row < end; ++row) {
-      Storage* __restrict z = logits + row * width;
-      const std::int64_t target = targets[row];
-      if (target == ignore_index) {
-        for (std::int64_t i = 0; i < width; ++i) z[i] = narrow<Storage>(0);
-        continue;
-      }
-      const W upstream = dloss[row], shift = lse[row];
-      const W at_target = (exp_of(widen(z[target]) - shift) - W(1)) * upstream;
+  parallel_for(rows, rows_per_range(kElementsPerRange, width), n_threads,
+               [=](std::int64_t begin, std::int64_t end) {
+                 for (std::int64_t row = begin; row < end; ++row) {
+                   Storage* __restrict z = logits + row * width;
+                   const std::int64_t target = targets[row];
+                   if (target == ignore_index) {
+                     for (std::int64_t i = 0; i < width; ++i) z[i] = narrow<Storage>(0);
+                     continue;
+                   }
+                   const W upstream = dloss[row], shift = lse[row];
+                   const W at_target = (exp_of(widen(z[target]) - shift) - W(1)) * upstream;
 #pragma omp simd
-      for (std::int64_t i = 0; i < width; ++i) {
-        z[i] = narrow<Storage>(exp_of(widen(z[i]) - shift) * upstream);
-      }
-      z[target] = narrow<Storage>(at_target);
-    }
-  });
+                   for (std::int64_t i = 0; i < width; ++i) {
+                     z[i] = narrow<Storage>(exp_of(widen(z[i]) - shift) * upstream);
+                   }
+                   z[target] = narrow<Storage>(at_target);
+                 }
+               });
 }
 
 template <class Storage>

@@ -15,16 +15,12 @@ constexpr std::int64_t kElementsPerRange = 16384;
 // Columns summed at a time in a local array, so that the output is rounded once.
 constexpr std::int64_t kTile = 256;
 
-std::int64_t rows_per_range(std::int64_t elements_per_row) {
-  return kElementsPerRange / (elements_per_row > 0 ? elements_per_row : 1) + 1;
-}
-
 template <class Storage>
 void forward(const Storage* rows, const Wide<Storage>* weights, const std::int32_t* position,
              Storage* y, std::int64_t n_tokens, std::int64_t top_k, std::int64_t width,
              int n_threads) {
   using W = Wide<Storage>;
-  parallel_for(n_tokens, rows_per_range(top_k * width), n_threads,
+  parallel_for(n_tokens, rows_per_range(kElementsPerRange, top_k * width), n_threads,
                [=](std::int64_t begin, std::int64_t end) {
                  W sum[kTile];
                  for (std::int64_t token = begin; token < end; ++token) {
@@ -51,7 +47,7 @@ void backward(const Storage* dy, const Storage* rows, const Wide<Storage>* weigh
               const std::int32_t* position, Storage* drows, Wide<Storage>* dweights,
               std::int64_t n_tokens, std::int64_t top_k, std::int64_t width, int n_threads) {
   using W = Wide<Storage>;
-  parallel_for(n_tokens, rows_per_range(2 * top_k * width), n_threads,
+  parallel_for(n_tokens, rows_per_range(kElementsPerRange, 2 * top_k * width), n_threads,
                [=](std::int64_t begin, std::int64_t end) {
                  for (std::int64_t slot = begin * top_k; slot < end * top_k; ++slot) {
                    const std::int64_t at = position[slot] * width;

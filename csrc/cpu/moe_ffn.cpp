@@ -17,10 +17,6 @@ namespace {
 // Elements in a range of rows handed to a thread: an exponential each, so about 5 us.
 constexpr std::int64_t kElementsPerRange = 8192;
 
-std::int64_t rows_per_range(std::int64_t width) {
-  return kElementsPerRange / (width > 0 ? width : 1) + 1;
-}
-
 // Each activation reads `columns` pre-activations and gives one hidden value.
 
 struct SwiGlu {
@@ -66,22 +62,23 @@ void fill_zero(Storage* row, std::int64_t width) {
 template <class Activation, class Storage>
 void forward(const Storage* pre, Storage* h, std::int64_t n_rows, std::int64_t n_padded,
              std::int64_t width, int n_threads) {
-  parallel_for(
-      n_padded, rows_per_range(width), n_threads, [=](std::int64_t begin, std::int64_t end) {
-        for (std::int64_t row = begin; row < end; ++row) {
-          Storage* __restrict h_row = h + row * width;
-          if (row >= n_rows) {
-            fill_zero(h_row, width);
-            continue;
-          }
-          const Storage* __restrict first = pre + row * Activation::columns * width;
-          const Storage* __restrict last = first + (Activation::columns - 1) * width;
+  parallel_for(n_padded, rows_per_range(kElementsPerRange, width), n_threads,
+               [=](std::int64_t begin, std::int64_t end) {
+                 for (std::int64_t row = begin; row < end; ++row) {
+                   Storage* __restrict h_row = h + row * width;
+                   if (row >= n_rows) {
+                     fill_zero(h_row, width);
+                     continue;
+                   }
+                   const Storage* __restrict first = pre + row * Activation::columns * width;
+                   const Storage* __restrict last = first + (Activation::columns - 1) * width;
 #pragma omp simd
-          for (std::int64_t i = 0; i < width; ++i) {
-            h_row[i] = narrow<Storage>(Activation::hidden(widen(first[i]), widen(last[i])));
-          }
-        }
-      });
+                   for (std::int64_t i = 0; i < width; ++i) {
+                     h_row[i] =
+                         narrow<Storage>(Activation::hidden(widen(first[i]), widen(last[i])));
+                   }
+                 }
+               });
 }
 
 // One row. `dh` is not yet weighted. Returns <dh, h>, the gradient of the routing weight.
@@ -112,20 +109,21 @@ void backward(const Storage* dh, const Storage* pre, const Wide<Storage>* weight
               Wide<Storage>* dweights, std::int64_t n_rows, std::int64_t n_padded,
               std::int64_t width, int n_threads) {
   constexpr std::int64_t columns = Activation::columns;
-  parallel_for(
-      n_padded, rows_per_range(width), n_threads, [=](std::int64_t begin, std::int64_t end) {
-        for (std::int64_t row = begin; row < end; ++row) {
-          const std::int64_t at = row * width;
-          if (row >= n_rows) {
-            fill_zero(weighted_h + at, width);
-            fill_zero(dpre + columns * at, columns * width);
-            continue;
-          }
-          const std::int32_t slot = order[row];
-          dweights[slot] = backward_row<Activation>(dh + at, pre + columns * at, weights[slot],
-                                                    weighted_h + at, dpre + columns * at, width);
-        }
-      });
+  parallel_for(n_padded, rows_per_range(kElementsPerRange, width), n_threads,
+               [=](std::int64_t begin, std::int64_t end) {
+                 for (std::int64_t row = begin; row < end; ++row) {
+                   const std::int64_t at = row * width;
+                   if (row >= n_rows) {
+                     fill_zero(weighted_h + at, width);
+                     fill_zero(dpre + columns * at, columns * width);
+                     continue;
+                   }
+                   const std::int32_t slot = order[row];
+                   dweights[slot] =
+                       backward_row<Activation>(dh + at, pre + columns * at, weights[slot],
+                                                weighted_h + at, dpre + columns * at, width);
+                 }
+               });
 }
 
 }  // namespace

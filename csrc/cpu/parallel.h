@@ -20,6 +20,11 @@ const char* parallel_backend();
 #ifdef PYLLM_ISA
 namespace PYLLM_ISA {
 
+// A grain for parallel_for: rows of about `elements_per_range` elements in all, one at least.
+inline std::int64_t rows_per_range(std::int64_t elements_per_range, std::int64_t per_row) {
+  return elements_per_range / (per_row > 0 ? per_row : 1) + 1;
+}
+
 // Calls fn(begin, end) for consecutive ranges of `grain` items that cover [0, n).
 // The ranges depend on n and grain only, never on n_threads: a partial sum kept per range and added
 // in order is bitwise the same on any number of threads. fn must not throw.

@@ -17,8 +17,6 @@ namespace {
 // Elements in a range of rows handed to a thread: an exponential each, so about 5 us.
 constexpr std::int64_t kElementsPerRange = 8192;
 
-std::int64_t rows_per_range(std::int64_t n_experts) { return kElementsPerRange / n_experts + 1; }
-
 // Softmax of one row into `p`; returns the log-sum-exp.
 template <class Storage>
 Wide<Storage> softmax(const Storage* __restrict z, Wide<Storage>* __restrict p,
@@ -68,7 +66,7 @@ void forward(const Storage* logits, Wide<Storage>* weights, std::int32_t* expert
              Wide<Storage>* balance_loss, Wide<Storage>* z_loss, std::int32_t* tokens_per_expert,
              std::int64_t n_tokens, std::int64_t n_experts, std::int64_t top_k, int n_threads) {
   using W = Wide<Storage>;
-  const std::int64_t grain = rows_per_range(n_experts);
+  const std::int64_t grain = rows_per_range(kElementsPerRange, n_experts);
   const std::int64_t n_ranges = (n_tokens + grain - 1) / grain;
   // Per range: the sum of p for each expert, and the sum of squared log-sum-exps behind them. In
   // double, so that the losses of a million rows are as exact as those of ten.
@@ -148,16 +146,17 @@ void backward(const Wide<Storage>* dweights, Wide<Storage> dbalance_loss, Wide<S
     slope[e] = dbalance_loss * W(n_experts) * (W(tokens_per_expert[e]) / (rows * W(top_k))) / rows;
   }
   const W dz_scale = dz_loss * (W(2) / rows);
-  parallel_for(
-      n_tokens, rows_per_range(n_experts), n_threads, [=](std::int64_t begin, std::int64_t end) {
-        W* scratch = new W[2 * n_experts];
-        for (std::int64_t token = begin; token < end; ++token) {
-          const std::int64_t at = token * n_experts, slot = token * top_k;
-          backward_row(dweights + slot, dz_scale, logits + at, weights + slot, experts + slot,
-                       slope, scratch, scratch + n_experts, dlogits + at, n_experts, top_k);
-        }
-        delete[] scratch;
-      });
+  parallel_for(n_tokens, rows_per_range(kElementsPerRange, n_experts), n_threads,
+               [=](std::int64_t begin, std::int64_t end) {
+                 W* scratch = new W[2 * n_experts];
+                 for (std::int64_t token = begin; token < end; ++token) {
+                   const std::int64_t at = token * n_experts, slot = token * top_k;
+                   backward_row(dweights + slot, dz_scale, logits + at, weights + slot,
+                                experts + slot, slope, scratch, scratch + n_experts, dlogits + at,
+                                n_experts, top_k);
+                 }
+                 delete[] scratch;
+               });
   delete[] slope;
 }
 

@@ -59,9 +59,17 @@ def attention_forward(
     """Return ``(y_BTHK, lse_BHT)``; the log-sum-exp is float32 (float64 for float64 input)."""
     q_BGJTK = _group(q_BTHK, k_BSGK.shape[2])
     s_BGJTS = _scores(q_BGJTK, k_BSGK, scale, causal, window)
-    lse_BGJT = s_BGJTS.logsumexp(-1)
-    # Where a row sees nothing, lse is -inf and exp(-inf - -inf) would be NaN: make it 0.
-    p_BGJTS = (s_BGJTS - lse_BGJT.clamp_min(torch.finfo(lse_BGJT.dtype).min).unsqueeze(-1)).exp()
+    # The largest score is taken off first, so that large scores keep their digits. Where a row sees
+    # nothing it is -inf, and exp(-inf - -inf) would be NaN: clamped, the row's sum is 0.
+    if s_BGJTS.shape[-1] == 0:
+        largest_BGJT1 = s_BGJTS.new_zeros((*s_BGJTS.shape[:-1], 1))
+    else:
+        largest_BGJT1 = s_BGJTS.amax(-1, keepdim=True)
+    largest_BGJT1 = largest_BGJT1.clamp_min(torch.finfo(s_BGJTS.dtype).min)
+    e_BGJTS = (s_BGJTS - largest_BGJT1).exp()
+    sum_BGJT1 = e_BGJTS.sum(-1, keepdim=True)
+    lse_BGJT = (largest_BGJT1 + sum_BGJT1.log()).squeeze(-1)
+    p_BGJTS = e_BGJTS / sum_BGJT1.where(sum_BGJT1 != 0, 1.0)
     v_BG1SK = v_BSGK.transpose(1, 2).unsqueeze(2)
     y_BGJTK = p_BGJTS.to(v_BSGK.dtype) @ v_BG1SK
     return _ungroup(y_BGJTK), lse_BGJT.flatten(1, 2).contiguous()

@@ -83,14 +83,10 @@ def test_logits_beyond_float16(face: str) -> None:
 
 
 @pytest.mark.parametrize("target", [16, 10**11, -1])
-@pytest.mark.parametrize("face", available_faces("linear_cross_entropy"))
-def test_a_compiled_call_reads_no_foreign_memory(face: str, target: int) -> None:
-    if face == "reference":
-        pytest.skip("PyTorch's own gather refuses the index")
-
-    def call(x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        return linear_cross_entropy(x, weight, targets, face=face)
-
-    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+@pytest.mark.skipif(
+    "cpu" not in available_faces("linear_cross_entropy"), reason="the extension is not built"
+)
+def test_a_compiled_call_reads_no_foreign_memory(target: int) -> None:
+    compiled = torch.compile(linear_cross_entropy, fullgraph=True, backend="aot_eager")
     with pytest.raises(ValueError, match="targets must be between 0 and 15"):
-        compiled(torch.randn(3, 8), torch.randn(16, 8), torch.tensor([0, target, 2]))
+        compiled(torch.randn(3, 8), torch.randn(16, 8), torch.tensor([0, target, 2]), face="cpu")
