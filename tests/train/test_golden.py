@@ -30,16 +30,12 @@ def losses(what: str, optimizer: str, folder: Path) -> list[float]:
     from pyllm.train.trainer import seed_everything
 
     if what == "golden":
-        # Muon rounds its directions to bfloat16, so that a last bit anywhere can flip the choice
-        # between two nearly equal experts (1.6e-4 of the loss from one CPU face to another): it
-        # gets a model in which every expert runs.
         model = ModelConfig(
             vocab_size=300,
             n_layers=2,
             d_model=32,
             d_ff=32,
             n_experts=4,
-            top_k=4 if optimizer == "muon" else 2,
         )
         config = TrainConfig(
             max_steps=5, batch_size=8, seq_len=32, warmup_steps=1, learning_rate=4e-3

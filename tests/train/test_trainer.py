@@ -87,7 +87,7 @@ def test_moe_tiny_reaches_every_expert_and_balances_them(
         gradients = record_gradients(trainer)
         reached: dict[str, Tensor] = {}
         ratios = []
-        for step in range(100):
+        for step in range(100 if coefficient else 60):
             with warnings.catch_warnings():  # without the balance loss, experts do die
                 warnings.simplefilter("error" if coefficient else "ignore")
                 ratios.append(trainer.step(step)["expert_load_max_over_mean"])
@@ -99,7 +99,7 @@ def test_moe_tiny_reaches_every_expert_and_balances_them(
             assert len(reached) == 3 * trainer.model.config.n_layers
             for name, counts in reached.items():
                 assert counts.shape == (8,) and counts.min() > 50, f"{name}: {counts.tolist()}"
-        loads[coefficient] = sum(ratios[-30:]) / 30
+        loads[coefficient] = sum(ratios[30:60]) / 30
     with_loss, without = loads.values()
     assert with_loss < 0.9 * without
 
