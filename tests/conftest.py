@@ -1,10 +1,14 @@
 """Fixtures and rules for all tests."""
 
+import faulthandler
 import os
+import sys
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from pyllm._cli import SPIN_COUNT
 
@@ -17,6 +21,50 @@ ROOT = Path(__file__).resolve().parent.parent
 # Triton reads this when it is first imported: without a card its kernels run in its interpreter.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+HANG_SECONDS = 10
+"""One generated input may take this long; then the whole test run is stopped with a traceback."""
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--fuzz",
+        type=int,
+        default=100,
+        metavar="N",
+        help="inputs that hypothesis generates for each property (default 100)",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """The same inputs every time, unless --hypothesis-seed gives another start."""
+    settings.register_profile(
+        "pyllm",
+        max_examples=config.getoption("--fuzz"),
+        deadline=timedelta(seconds=HANG_SECONDS),
+        derandomize=config.getoption("--hypothesis-seed", None) is None,
+        database=None,
+        print_blob=True,
+        suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
+    )
+    settings.load_profile("pyllm")
+
+
+@pytest.fixture
+def watchdog() -> Iterator[Callable[[], None]]:
+    """Call it at the start of each generated input: one that hangs, even in C++, ends the run.
+
+    The traceback of every thread goes to the terminal. No exception could end a loop in C++.
+    """
+    terminal = os.fdopen(os.dup(sys.__stderr__.fileno()), "w")
+
+    def restart() -> None:
+        faulthandler.dump_traceback_later(HANG_SECONDS, exit=True, file=terminal)
+
+    yield restart
+    faulthandler.cancel_dump_traceback_later()
+    terminal.close()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

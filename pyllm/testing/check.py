@@ -241,6 +241,20 @@ def check_door(
     judge_gradients(case, got.gradients, plain, truth, dtype)
 
 
+def survives(face: Any, cases: Iterable[OpCase], dtypes: Iterable[torch.dtype]) -> bool:
+    """Whether a spoilt face passes the check on all cases in all dtypes.
+
+    A face that cannot run at all is seen, too: any exception counts.
+    """
+    for dtype in dtypes:
+        for case in cases:
+            try:
+                check_face(case, face, dtype)
+            except Exception:
+                return False
+    return True
+
+
 def survivors(cases: tuple[OpCase, ...], mutant: Mutant, dtype: torch.dtype) -> list[str]:
     """Labels of the cases on which the check fails to see ``mutant``; it is killed by any one."""
     alive = []

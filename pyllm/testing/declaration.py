@@ -122,6 +122,8 @@ class Operation:
     """Axes as drawn to sizes, e.g. a top-k that cannot exceed the number of experts."""
     degenerate: Callable[[Sizes], frozenset[str]] = _nothing
     """Outputs and gradients that are zero but for rounding at these sizes."""
+    equivalents: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """Reason to names of source mutants that nothing can tell from the sound reference."""
 
     def case(self, sizes: Sizes) -> "OpCase":
         """This operation at ``sizes``."""

@@ -14,9 +14,18 @@ import torch
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
-from pyllm.testing.check import Result, check_door, check_face, expectations, is_killed, run_door
+from pyllm.testing.check import (
+    Result,
+    check_door,
+    check_face,
+    expectations,
+    is_killed,
+    run_door,
+    survives,
+)
 from pyllm.testing.declaration import Arguments, Mutant, OpCase, Operation
 from pyllm.testing.layouts import LAYOUTS
+from pyllm.testing.source_mutants import SourceMutant, source_mutants
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -118,6 +127,22 @@ class OperationSuite:
         record_mutant(self.operation.name, mutant.name, killed)
         assert killed, f"{self.operation.name}: no case catches the mutant {mutant.name!r}"
 
+    def test_source_mutants(self, record_mutant: Callable[[str, str, bool], None]) -> None:
+        """Every operator, constant, index and call of the reference, spoilt, is seen.
+
+        What no test can see is declared with its reason, and nothing else is.
+        """
+        operation = self.operation
+        declared = {name for names in operation.equivalents.values() for name in names}
+        alive = set()
+        for mutant in source_mutants(operation.reference):
+            lives = _lives(mutant, operation, thorough=mutant.name not in declared)
+            if lives:
+                alive.add(mutant.name)
+            if mutant.name not in declared:
+                record_mutant(operation.name, mutant.name, not lives)
+        assert alive == declared
+
     def test_gradcheck(self, face: str) -> None:
         """The backward against finite differences in float64, undefined gradients included."""
         if face == "triton":
@@ -195,6 +220,17 @@ class OperationSuite:
         for threads in (1, 2, 3):
             set_threads(threads)
             _assert_same_bits(run_door(case, type(self).door, face, inputs, upstreams), first)
+
+
+def _lives(mutant: SourceMutant, operation: Operation, thorough: bool) -> bool:
+    """Whether nothing sees the mutant; ``thorough`` asks all hostile sizes, not only a few."""
+    try:
+        face = mutant.module(operation.reference)
+    except Exception:
+        return False  # it cannot even be imported
+    if not survives(face, operation.smoke_cases, DTYPES):
+        return False
+    return not thorough or survives(face, operation.hostile_cases, (torch.float32,))
 
 
 def _volume(case: OpCase) -> int:

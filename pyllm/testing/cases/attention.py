@@ -153,8 +153,8 @@ ATTENTION = Operation(
     },
     resolve=_resolve,
     extra=(
-        {"T": 0, "past": 0, "B": 1, "G": 1, "J": 2, "K": 8, "window": 0, "causal": True},
-        {"T": 3, "past": -3, "B": 1, "G": 1, "J": 2, "K": 8, "window": 0, "causal": False},
+        {"T": 5, "past": -3, "B": 1, "G": 1, "J": 2, "K": 8, "window": 0, "causal": True},
+        {"T": 40, "past": -20, "B": 1, "G": 2, "J": 1, "K": 8, "window": 3, "causal": True},
         {"T": 257, "past": 0, "B": 1, "G": 1, "J": 1, "K": 16, "window": 128, "causal": True},
     ),
     tiny={"T": 4, "past": 0, "B": 1, "G": 1, "J": 2, "K": 4, "window": 0, "causal": True},
@@ -163,6 +163,10 @@ ATTENTION = Operation(
         {"T": 7, "past": 0, "B": 2, "G": 2, "J": 2, "K": 8, "window": 0, "causal": True},
         {"T": 17, "past": 5, "B": 1, "G": 2, "J": 1, "K": 16, "window": 4, "causal": True},
         {"T": 9, "past": 3, "B": 2, "G": 1, "J": 3, "K": 12, "window": 0, "causal": False},
+        {"T": 5, "past": 2, "B": 1, "G": 1, "J": 1, "K": 8, "window": 1, "causal": False},
+        # Nothing to see: no keys at all, and queries before the first key.
+        {"T": 0, "past": 0, "B": 1, "G": 1, "J": 2, "K": 8, "window": 0, "causal": True},
+        {"T": 3, "past": -3, "B": 1, "G": 1, "J": 2, "K": 8, "window": 0, "causal": False},
     ),
     bench={
         "moe-tiny": {
@@ -189,4 +193,30 @@ ATTENTION = Operation(
     work=_work,
     degenerate=_degenerate,
     mutants=MUTANTS,
+    equivalents={
+        "broadcasting adds the dimension": (
+            "visible: torch.arange(n_keys, device=device).unsqueeze(0) -> "
+            "torch.arange(n_keys, device=device)",
+        ),
+        "only large float16 needs it: test_scores_beyond_float16": (
+            "_scores: product_dtype(q_BGJTK.dtype) -> q_BGJTK.dtype",
+        ),
+        "a layout, not a number; the door makes results contiguous": (
+            "_ungroup: x_BGJTK.permute(0, 3, 1, 2, 4).flatten(2, 3).contiguous() -> "
+            "x_BGJTK.permute(0, 3, 1, 2, 4).flatten(2, 3)",
+            "attention_forward: lse_BGJT.flatten(1, 2).contiguous() -> lse_BGJT.flatten(1, 2)",
+            "attention_backward: dk_BGJSK.sum(2).transpose(1, 2).contiguous() -> "
+            "dk_BGJSK.sum(2).transpose(1, 2)",
+            "attention_backward: dv_BGJSK.sum(2).transpose(1, 2).contiguous() -> "
+            "dv_BGJSK.sum(2).transpose(1, 2)",
+        ),
+        "zero over any number is zero": ("attention_forward: 1.0 -> 2.0",),
+        "PyTorch promotes to the wider operand": (
+            "attention_backward: (dy_BGJTK @ v_BG1KS).to(wide) -> dy_BGJTK @ v_BG1KS",
+        ),
+        "what is left of it in 16 bits is within the budget": (
+            "attention_backward: dy_BTHK.to(wide) -> dy_BTHK",
+            "attention_backward: y_BTHK.to(wide) -> y_BTHK",
+        ),
+    },
 )

@@ -94,6 +94,8 @@ LINEAR_CROSS_ENTROPY = Operation(
         {"N": 1, "D": 1, "V": 1, "ignored": "none"},
         {"N": 17, "D": 33, "V": 40, "ignored": "some"},
         {"N": 9, "D": 8, "V": 31, "ignored": "none"},
+        {"N": 515, "D": 3, "V": 5, "ignored": "some"},  # more than one chunk
+        {"N": 3, "D": 5, "V": 1, "ignored": "some"},
     ),
     bench={"moe-tiny": {"N": 2048, "D": 256, "V": 4096, "ignored": "none"}},
     work=lambda s, item: (
@@ -102,4 +104,17 @@ LINEAR_CROSS_ENTROPY = Operation(
     ),
     degenerate=_degenerate,
     mutants=MUTANTS,
+    equivalents={
+        "any chunk size gives the same": ("CHUNK: 512 -> 513", "CHUNK: 512 -> 511"),
+        "only large float16 needs it: test_logits_beyond_float16": (
+            "linear_cross_entropy_forward: product_dtype(x_ND.dtype) -> x_ND.dtype",
+            "linear_cross_entropy_backward: product_dtype(x_ND.dtype) -> x_ND.dtype",
+        ),
+        "what is left of it in 16 bits is within the budget": (
+            "linear_cross_entropy_forward: (x_ND[rows].to(product) @ weight_VD.t().to(product))"
+            ".to(wide) -> x_ND[rows].to(product) @ weight_VD.t().to(product)",
+            "linear_cross_entropy_backward: (x_ND[rows].to(product) @ weight_VD.t().to(product))"
+            ".to(wide) -> x_ND[rows].to(product) @ weight_VD.t().to(product)",
+        ),
+    },
 )

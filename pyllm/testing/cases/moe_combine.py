@@ -75,4 +75,25 @@ MOE_COMBINE = Operation(
     ),
     degenerate=lambda s: frozenset({"y", "drows", "dweights"} if s["N"] == 0 else ()),
     mutants=MUTANTS,
+    equivalents={
+        "an int32 index is as good as int64": (
+            "moe_combine_forward: position_NA.long() -> position_NA",
+            "moe_combine_backward: position_NA.reshape(-1).long() -> position_NA.reshape(-1)",
+            "moe_combine_backward: position_NA.long() -> position_NA",
+        ),
+        "PyTorch promotes to the wider operand, the routing weights": (
+            "moe_combine_forward: accumulation_dtype(y_RD.dtype) -> y_RD.dtype",
+            "moe_combine_forward: y_RD[position_NA.long()].to(wide) -> y_RD[position_NA.long()]",
+            "moe_combine_forward: weights_NA.to(wide) -> weights_NA",
+            "moe_combine_backward: dy_ND.to(wide) -> dy_ND",
+            "moe_combine_backward: weights_NA.to(wide) -> weights_NA",
+            "moe_combine_backward: y_RD[position_NA.long()].to(wide) -> y_RD[position_NA.long()]",
+        ),
+        "what is left of it in 16 bits is within one rounding": (
+            "moe_combine_backward: accumulation_dtype(y_RD.dtype) -> y_RD.dtype",
+        ),
+        "the weights have the wide dtype already": (
+            "moe_combine_backward: dweights_NA.to(weights_NA.dtype) -> dweights_NA",
+        ),
+    },
 )

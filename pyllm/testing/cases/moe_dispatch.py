@@ -92,4 +92,15 @@ MOE_DISPATCH = Operation(
     work=lambda s, item: (0.0, item * (1.0 + s["A"]) * s["N"] * s["D"]),
     degenerate=lambda s: frozenset({"rows", "dx"} if s["N"] == 0 else ()),
     mutants=MUTANTS,
+    equivalents={
+        "an int32 index is as good as int64": (
+            "moe_dispatch_forward: order_R.long() -> order_R",
+            "moe_dispatch_backward: position_NA.long() -> position_NA",
+        ),
+        "PyTorch adds 16-bit numbers in float32 and rounds once": (
+            "moe_dispatch_backward: accumulation_dtype(dx_RD.dtype) -> dx_RD.dtype",
+            "moe_dispatch_backward: dx_RD[position_NA.long()].to(wide) -> "
+            "dx_RD[position_NA.long()]",
+        ),
+    },
 )

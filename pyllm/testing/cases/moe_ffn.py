@@ -202,4 +202,20 @@ MOE_FFN = Operation(
     work=_work,
     degenerate=_degenerate,
     mutants=MUTANTS,
+    equivalents={
+        "an int32 index is as good as int64, a tensor as good as a list": (
+            "moe_ffn_forward: order_R.long() -> order_R",
+            "moe_ffn_forward: offsets_E1.tolist() -> offsets_E1",
+            "moe_ffn_backward: order_R.long() -> order_R",
+            "moe_ffn_backward: offsets_E1.tolist() -> offsets_E1",
+            "moe_ffn_backward: position_NA.long() -> position_NA",
+        ),
+        "an expert's rows are read before they are written over": (
+            "moe_ffn_forward: torch.empty_like(x_RD) -> x_RD",
+            "moe_ffn_backward: torch.empty_like(x_RD) -> x_RD",
+        ),
+        "what is left of it in 16 bits is within one rounding": (
+            "moe_ffn_backward: dh_unweighted.to(w_R1.dtype) -> dh_unweighted",
+        ),
+    },
 )

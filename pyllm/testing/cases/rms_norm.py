@@ -8,8 +8,10 @@ from pyllm.testing.faults import all_zeros, common, drop_last, given, partly, re
 
 
 def _inputs(sizes: Sizes, draw: Draw) -> Arguments:
+    # With a leading B the rows are those of (B, N, D), as a model has them.
+    leading = (sizes["B"],) if "B" in sizes else ()
     return {
-        "x": draw.normal(sizes["N"], sizes["D"]),
+        "x": draw.normal(*leading, sizes["N"], sizes["D"]),
         "weight": draw.normal(sizes["D"]),
         "eps": 1e-5,
     }
@@ -62,6 +64,7 @@ RMS_NORM = Operation(
         {"N": 1, "D": 1},
         {"N": 5, "D": 33},
         {"N": 17, "D": 100},
+        {"B": 2, "N": 3, "D": 7},
         {"N": 3, "D": 5000},  # longer than a Triton program holds at once
     ),
     bench={"moe-tiny": {"N": 8192, "D": 256}, "wide": {"N": 2048, "D": 2048}},
@@ -73,4 +76,12 @@ RMS_NORM = Operation(
         | frozenset({"dx", "dweight"} if s["N"] == 0 else ())
     ),
     mutants=MUTANTS,
+    equivalents={
+        "PyTorch promotes to the wider operand": (
+            "rms_norm_forward: weight.to(wide) -> weight",
+            "rms_norm_backward: dy.to(wide) -> dy",
+            "rms_norm_backward: x.to(wide) -> x",
+            "rms_norm_backward: weight.to(wide) -> weight",
+        ),
+    },
 )

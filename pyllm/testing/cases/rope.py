@@ -74,4 +74,12 @@ ROPE = Operation(
     ),
     degenerate=lambda s: frozenset({"y", "dx"} if 0 in (s["T"], s["B"]) else ()),
     mutants=MUTANTS,
+    equivalents={
+        "the tables are wide, and PyTorch promotes to the wider operand": (
+            "_turn: accumulation_dtype(x_BTHK.dtype) -> x_BTHK.dtype",
+            "_turn: cos.to(wide) -> cos",
+            "_turn: sin.to(wide) -> sin",
+            "_turn: x_BTHK.to(wide) -> x_BTHK",
+        ),
+    },
 )

@@ -12,8 +12,11 @@ def _inputs(sizes: Sizes, draw: Draw) -> Arguments:
     # Levels far apart in random order: no two logits of a row tie in any dtype, so that the
     # experts can be compared exactly. The shift of each row keeps the log-sum-exp from repeating.
     rows, n_experts = sizes["N"], sizes["E"]
-    levels = draw.uniform(rows, n_experts).argsort(-1).double() * (4.0 / n_experts) - 2.0
+    levels = draw.uniform(rows, n_experts).argsort(-1).double()
     jitter = draw.uniform(rows, n_experts) * (1.0 / n_experts)
+    if sizes.get("ties"):  # every level twice: the lower index must come first
+        levels, jitter = levels.div(2).floor() * 2, torch.zeros_like(jitter)
+    levels = levels * (4.0 / n_experts) - 2.0
     shift = draw.uniform(rows, 1) * 2 - 1
     return {"logits": draw.to(levels + jitter + shift), "top_k": sizes["A"]}
 
@@ -107,13 +110,18 @@ ROUTE_TOPK = Operation(
         "A": TOP_K,
     },
     resolve=resolve_top_k,
-    extra=({"N": 8192, "E": 16, "A": 2},),
+    extra=(
+        {"N": 8192, "E": 16, "A": 2},
+        {"N": 65, "E": 33, "A": 7, "ties": True},
+        {"N": 129, "E": 16, "A": "E", "ties": True},
+    ),
     tiny={"N": 5, "E": 4, "A": 2},
     smoke=(
         {"N": 0, "E": 4, "A": 2},
         {"N": 1, "E": 1, "A": 1},
         {"N": 9, "E": 7, "A": 2},
         {"N": 17, "E": 16, "A": "E"},
+        {"N": 9, "E": 7, "A": 3, "ties": True},
     ),
     bench={"moe-tiny": {"N": 8192, "E": 8, "A": 2}, "moe-158m": {"N": 4096, "E": 16, "A": 2}},
     work=lambda s, item: (
@@ -124,4 +132,12 @@ ROUTE_TOPK = Operation(
         frozenset({"weights", "balance_loss", "z_loss", "dlogits"}) if s["N"] == 0 else frozenset()
     ),
     mutants=MUTANTS,
+    equivalents={
+        "the sum over all that follows takes the rows too": (
+            "route_topk_forward: p_NE.sum(0) -> p_NE",
+        ),
+        "an int32 index is as good as int64": (
+            "route_topk_backward: experts_NA.long() -> experts_NA",
+        ),
+    },
 )
