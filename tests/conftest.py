@@ -12,7 +12,9 @@ from hypothesis import HealthCheck, settings
 
 from pyllm._cli import SPIN_COUNT
 
-os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)  # before torch loads the runtime that reads it
+# Before torch loads the libraries that read them.
+os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)
+os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
 
 import torch
 

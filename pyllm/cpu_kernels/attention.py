@@ -17,7 +17,8 @@ from pyllm.cpu_kernels._launch import accumulator, dtype_code, extension, ready
 from pyllm.cpu_kernels._shapes import rounded
 
 PRODUCTS_BY_TORCH = True
-"""Bits may change with the number of threads, as those of PyTorch's matrix products do."""
+"""Bits may change with the number of threads as those of PyTorch's products do; not in float32 and
+float64 where MKL_CBWR=AUTO,STRICT is set, as pyllm's scripts do."""
 
 QUERY_TOKENS = 128
 """Tokens of a block: fewer skip more of what the mask hides, more make larger products."""

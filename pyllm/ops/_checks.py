@@ -1,27 +1,78 @@
 """Checks that every door makes: one line that says what was given and what was expected."""
 
+import math
+from numbers import Integral, Real
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from pyllm._checks import shown
+
+FLOATING_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 INDEX_DTYPES = (torch.int32, torch.int64)
+LARGEST_INT = 2**63 - 1
+MAY_BE_EMPTY = ("N", "B", "T", "S")
+"""Shape letters of which there may be none: rows. A width of 0 is a mistake."""
+
+
+def _check_tensor(op: str, name: str, tensor: Any) -> None:
+    if not isinstance(tensor, Tensor):
+        raise ValueError(f"{op}: {name} must be a tensor, got {shown(tensor)}")
+    if tensor.layout != torch.strided or tensor.is_nested:
+        raise ValueError(
+            f"{op}: {name} must be a dense tensor, got layout {tensor.layout}; call to_dense()"
+        )
 
 
 def check_floating(op: str, **tensors: Tensor) -> None:
-    """Every tensor is of a real floating dtype."""
+    """Every tensor is dense, in one of the four dtypes that every face knows."""
     for name, tensor in tensors.items():
-        if not isinstance(tensor, Tensor):
-            raise ValueError(f"{op}: {name} must be a tensor, got {type(tensor).__name__}")
-        if not tensor.dtype.is_floating_point:
-            raise ValueError(f"{op}: {name} must be floating point, got {tensor.dtype}")
+        _check_tensor(op, name, tensor)
+        if tensor.dtype not in FLOATING_DTYPES:
+            raise ValueError(
+                f"{op}: {name} must be floating point (float32, float64, bfloat16 or float16), "
+                f"got {tensor.dtype}"
+            )
 
 
 def check_integer(op: str, **tensors: Tensor) -> None:
-    """Every tensor is int32 or int64."""
+    """Every tensor is dense, int32 or int64."""
     for name, tensor in tensors.items():
-        if not isinstance(tensor, Tensor):
-            raise ValueError(f"{op}: {name} must be a tensor, got {type(tensor).__name__}")
+        _check_tensor(op, name, tensor)
         if tensor.dtype not in INDEX_DTYPES:
             raise ValueError(f"{op}: {name} must be int32 or int64, got {tensor.dtype}")
+
+
+def check_whole(op: str, name: str, value: Any, least: int, most: int = LARGEST_INT) -> int:
+    """A whole number in a range: an int, NumPy's, or torch.compile's symbol of one."""
+    whole = isinstance(value, (int, torch.SymInt, Integral)) and not isinstance(value, bool)
+    if not whole or not least <= value <= most:
+        allowed = f"of at least {least}" if most == LARGEST_INT else f"from {least} to {most}"
+        raise ValueError(f"{op}: {name} must be a whole number {allowed}, got {shown(value)}")
+    return value if isinstance(value, (int, torch.SymInt)) else int(value)
+
+
+def check_real(op: str, name: str, value: Any, least: float = -math.inf) -> float:
+    """A finite number of at least ``least``."""
+    real = isinstance(value, (float, int, torch.SymFloat, Real)) and not isinstance(value, bool)
+    # An integer can be too large for a float, and a NaN is not at least anything.
+    if not real or not (least <= value and abs(value) <= torch.finfo(torch.float64).max):
+        bound = "" if least == -math.inf else f" of at least {least:g}"
+        raise ValueError(f"{op}: {name} must be a finite number{bound}, got {shown(value)}")
+    return value if isinstance(value, (float, torch.SymFloat)) else float(value)
+
+
+def check_flag(op: str, name: str, value: Any) -> None:
+    """True or False; numbers and strings, which are true or false as well, are mistakes."""
+    if not isinstance(value, bool):
+        raise ValueError(f"{op}: {name} must be True or False, got {shown(value)}")
+
+
+def check_choice(op: str, name: str, value: Any, choices: tuple[str, ...]) -> None:
+    """One of some words."""
+    if not isinstance(value, str) or value not in choices:
+        raise ValueError(f"{op}: {name} must be one of {', '.join(choices)}, got {shown(value)}")
 
 
 def check_same_dtype(op: str, **tensors: Tensor) -> None:
@@ -39,14 +90,22 @@ def check_same_device(op: str, **tensors: Tensor) -> None:
 
 
 def check_shape(op: str, name: str, tensor: Tensor, expected: tuple[int | str, ...]) -> None:
-    """``tensor`` has the expected shape; a letter in ``expected`` stands for any size."""
+    """``tensor`` has the expected shape; a letter in ``expected`` stands for any size.
+
+    Only rows (``MAY_BE_EMPTY``) can be none.
+    """
     shape = tuple(tensor.shape)
     fits = len(shape) == len(expected) and all(
         isinstance(want, str) or want == have for want, have in zip(expected, shape, strict=True)
     )
+    wanted = ", ".join(str(size) for size in expected)
     if not fits:
-        wanted = ", ".join(str(size) for size in expected)
         raise ValueError(f"{op}: {name} must have shape ({wanted}), got {shape}")
+    for want, have in zip(expected, shape, strict=True):
+        if isinstance(want, str) and want not in MAY_BE_EMPTY and have == 0:
+            raise ValueError(
+                f"{op}: {name} must have shape ({wanted}) with {want} of at least 1, got {shape}"
+            )
 
 
 def check_index_range(
@@ -67,4 +126,18 @@ def check_index_range(
     if low < 0 or high >= limit:
         raise ValueError(
             f"{op}: {name} must be between 0 and {limit - 1}, got values from {low} to {high}"
+        )
+
+
+def check_permutation(op: str, name: str, indices: Tensor) -> None:
+    """Every number from 0 to the number of entries less one occurs once. On the CPU only, too."""
+    if torch.compiler.is_compiling() or type(indices) is not Tensor:
+        return
+    if indices.device.type != "cpu" or indices.numel() == 0:
+        return
+    counts = torch.bincount(indices.reshape(-1), minlength=indices.numel())
+    if int(counts.max()) > 1:
+        raise ValueError(
+            f"{op}: {name} must be a permutation, got {int(counts.argmax())} "
+            f"{int(counts.max())} times"
         )

@@ -95,7 +95,7 @@ def choose_face(op: str, device_type: str, face: str | None) -> str:
     if face is None:
         return _best_face(op, device_type)
     here = [known for known in available_faces(op) if _serves(op, known, device_type)]
-    if face not in here:
+    if not isinstance(face, str) or face not in here:
         raise ValueError(
             f"{op} has no face {face!r} here for tensors on {device_type}; "
             f"expected one of {', '.join(here)}"

@@ -5,7 +5,15 @@ import math
 import torch
 from torch import Tensor
 
-from pyllm.ops._checks import check_floating, check_same_device, check_same_dtype, check_shape
+from pyllm.ops._checks import (
+    check_flag,
+    check_floating,
+    check_real,
+    check_same_device,
+    check_same_dtype,
+    check_shape,
+    check_whole,
+)
 from pyllm.ops._registry import autocast_dtype, choose_face, register
 
 
@@ -47,13 +55,14 @@ def attention(
     check_shape("attention", "v", v, tuple(k.shape))
     check_same_device("attention", q=q, k=k, v=v)
     n_keys, n_kv_heads = k.shape[1], k.shape[2]
-    if n_kv_heads == 0 or n_heads % n_kv_heads:
+    check_flag("attention", "causal", causal)
+    if n_heads % n_kv_heads:
         raise ValueError(
             f"attention: the {n_heads} query heads must be a multiple of the kv heads, "
             f"got {n_kv_heads}"
         )
-    if window is not None and window < 1:
-        raise ValueError(f"attention: window must be at least 1 or None, got {window}")
+    if window is not None:
+        window = check_whole("attention", "window (or None)", window, least=1)
     if causal and n_queries > n_keys:
         raise ValueError(
             f"attention: a causal call needs at least as many keys as queries, "
@@ -63,8 +72,7 @@ def attention(
     if dtype is not None:
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     check_same_dtype("attention", q=q, k=k, v=v)
-    if scale is None:
-        scale = 1 / math.sqrt(head_dim)
+    scale = 1 / math.sqrt(head_dim) if scale is None else check_real("attention", "scale", scale)
     chosen = choose_face("attention", q.device.type, face)
     return torch.ops.pyllm.attention_forward(q, k, v, scale, causal, window or 0, chosen)[0]
 

@@ -4,12 +4,15 @@ import torch
 from torch import Tensor
 
 from pyllm.ops._checks import (
+    LARGEST_INT,
+    check_choice,
     check_floating,
     check_index_range,
     check_integer,
     check_same_device,
     check_same_dtype,
     check_shape,
+    check_whole,
 )
 from pyllm.ops._registry import autocast_dtype, choose_face, register
 
@@ -43,11 +46,8 @@ def linear_cross_entropy(
         ValueError: wrong shape, dtype or device, unknown reduction; on the CPU also a target out
             of range.
     """
-    if reduction not in REDUCTIONS:
-        raise ValueError(
-            f"linear_cross_entropy: reduction must be one of {', '.join(REDUCTIONS)}, "
-            f"got {reduction!r}"
-        )
+    check_choice("linear_cross_entropy", "reduction", reduction, REDUCTIONS)
+    ignore_index = check_whole("linear_cross_entropy", "ignore_index", ignore_index, -LARGEST_INT)
     check_floating("linear_cross_entropy", x=x, weight=weight)
     check_integer("linear_cross_entropy", targets=targets)
     check_shape("linear_cross_entropy", "x", x, ("N", "D"))

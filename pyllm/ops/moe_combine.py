@@ -7,6 +7,7 @@ from pyllm.ops._checks import (
     check_floating,
     check_index_range,
     check_integer,
+    check_permutation,
     check_same_device,
     check_shape,
 )
@@ -37,6 +38,7 @@ def moe_combine(
     check_shape("moe_combine", "rows", rows, (weights.shape[0] * weights.shape[1], "D"))
     check_same_device("moe_combine", rows=rows, weights=weights, position=position)
     check_index_range("moe_combine", "position", position, rows.shape[0])
+    check_permutation("moe_combine", "position", position)
     chosen = choose_face("moe_combine", rows.device.type, face)
     return torch.ops.pyllm.moe_combine_forward(rows, weights, position, chosen)
 

@@ -11,8 +11,12 @@ from pyllm.ops._checks import (
     check_integer,
     check_same_device,
     check_shape,
+    check_whole,
 )
 from pyllm.ops._registry import choose_face, register
+
+MOST_EXPERTS = 2**24
+"""The sort keeps a count for each expert, whether it has rows or not."""
 
 
 class Dispatch(NamedTuple):
@@ -36,7 +40,7 @@ def moe_dispatch(
     Args:
         x: (N, D) floating point.
         experts: (N, k) int32 or int64, each in ``[0, n_experts)``.
-        n_experts: E.
+        n_experts: E, up to 2**24.
         face: one of ``available_faces``; by default the best for the device.
 
     Raises:
@@ -47,6 +51,7 @@ def moe_dispatch(
     check_shape("moe_dispatch", "x", x, ("N", "D"))
     check_shape("moe_dispatch", "experts", experts, (x.shape[0], "k"))
     check_same_device("moe_dispatch", x=x, experts=experts)
+    n_experts = check_whole("moe_dispatch", "n_experts", n_experts, least=1, most=MOST_EXPERTS)
     check_index_range("moe_dispatch", "experts", experts, n_experts)
     chosen = choose_face("moe_dispatch", x.device.type, face)
     return Dispatch(*torch.ops.pyllm.moe_dispatch_forward(x, experts, n_experts, chosen))

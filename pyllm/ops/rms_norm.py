@@ -3,7 +3,12 @@
 import torch
 from torch import Tensor
 
-from pyllm.ops._checks import check_floating, check_same_device, check_shape
+from pyllm.ops._checks import (
+    check_floating,
+    check_real,
+    check_same_device,
+    check_shape,
+)
 from pyllm.ops._registry import choose_face, register
 
 
@@ -27,6 +32,11 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-5, *, face: str | None =
     check_floating("rms_norm", x=x, weight=weight)
     if x.dim() == 0:
         raise ValueError("rms_norm: x must have at least one dimension, got a scalar")
+    if x.shape[-1] == 0:
+        raise ValueError(
+            f"rms_norm: x must have shape (..., D) with D of at least 1, got {tuple(x.shape)}"
+        )
+    eps = check_real("rms_norm", "eps", eps, least=0.0)
     check_shape("rms_norm", "weight", weight, (x.shape[-1],))
     check_same_device("rms_norm", x=x, weight=weight)
     chosen = choose_face("rms_norm", x.device.type, face)

@@ -5,7 +5,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pyllm.ops._checks import check_floating, check_shape
+from pyllm.ops._checks import (
+    check_floating,
+    check_shape,
+    check_whole,
+)
 from pyllm.ops._registry import choose_face, register
 
 
@@ -41,7 +45,8 @@ def route_topk(logits: Tensor, top_k: int, *, face: str | None = None) -> Routin
     """
     check_floating("route_topk", logits=logits)
     check_shape("route_topk", "logits", logits, ("N", "E"))
-    if not 1 <= top_k <= logits.shape[1]:
+    top_k = check_whole("route_topk", "top_k", top_k, least=1)
+    if top_k > logits.shape[1]:
         raise ValueError(
             f"route_topk: top_k must be between 1 and the number of experts "
             f"({logits.shape[1]}), got {top_k}"

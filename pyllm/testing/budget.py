@@ -66,6 +66,7 @@ def compare(
     *,
     gradient: bool = False,
     degenerate: bool = False,
+    any_scale: bool = False,
 ) -> None:
     """Hold ``got`` to the budget.
 
@@ -78,6 +79,7 @@ def compare(
             what they are computed from may have been rounded to it.
         gradient: use the factor for gradients.
         degenerate: the truth is zero but for rounding; its scale is taken as one.
+        any_scale: for generated cases: one that is ill-scaled is taken as degenerate, not refused.
 
     Raises:
         Mismatch: other dtype or shape, a NaN or infinity that the truth has not, or out of budget.
@@ -90,6 +92,7 @@ def compare(
         return
     got, plain, truth = got[finite], plain[finite], truth[finite]
     largest = float(truth.abs().max())
+    degenerate |= any_scale and not SMALLEST <= largest <= LARGEST
     if not degenerate and not SMALLEST <= largest <= LARGEST:
         raise ValueError(
             f"{name}: the case is ill-scaled, its largest entry is {largest:.2g} and should lie "

@@ -123,7 +123,12 @@ def expectations(
 
 
 def judge_outputs(
-    case: OpCase, got: Values, plain: Result, truth: Result, dtype: torch.dtype
+    case: OpCase,
+    got: Values,
+    plain: Result,
+    truth: Result,
+    dtype: torch.dtype,
+    any_scale: bool = False,
 ) -> None:
     """Compare the outputs that ``got`` holds (a door shows fewer than a face).
 
@@ -140,11 +145,24 @@ def judge_outputs(
             compare_exactly(where, value, expected)
         else:
             small = output.name in degenerate
-            compare(where, value, plain.outputs[output.name], expected, dtype, degenerate=small)
+            compare(
+                where,
+                value,
+                plain.outputs[output.name],
+                expected,
+                dtype,
+                degenerate=small,
+                any_scale=any_scale,
+            )
 
 
 def judge_gradients(
-    case: OpCase, got: Values, plain: Result, truth: Result, dtype: torch.dtype
+    case: OpCase,
+    got: Values,
+    plain: Result,
+    truth: Result,
+    dtype: torch.dtype,
+    any_scale: bool = False,
 ) -> None:
     """Compare every named gradient.
 
@@ -161,6 +179,7 @@ def judge_gradients(
             dtype,
             gradient=True,
             degenerate=f"d{name}" in degenerate,
+            any_scale=any_scale,
         )
 
 
@@ -223,8 +242,11 @@ def check_door(
     device: str = "cpu",
     seed: int = 0,
     change: Callable[[Tensor], Tensor] = lambda tensor: tensor,
+    any_scale: bool = False,
 ) -> None:
     """The public function with autograd; ``change`` alters the layout of inputs, not their values.
+
+    ``any_scale`` is for generated cases, see :func:`pyllm.testing.budget.compare`.
 
     Raises:
         Mismatch: the door is wrong.
@@ -237,8 +259,8 @@ def check_door(
     upstreams = {name: change(value) for name, value in upstreams.items()}
     with poisoned_memory():
         got = run_door(case, door, face, inputs, upstreams)
-    judge_outputs(case, got.outputs, plain, truth, dtype)
-    judge_gradients(case, got.gradients, plain, truth, dtype)
+    judge_outputs(case, got.outputs, plain, truth, dtype, any_scale)
+    judge_gradients(case, got.gradients, plain, truth, dtype, any_scale)
 
 
 def survives(face: Any, cases: Iterable[OpCase], dtypes: Iterable[torch.dtype]) -> bool:

@@ -61,7 +61,11 @@ def _tensors(*, heads: int = 4, kv_heads: int = 2, keys: int = 5) -> tuple[torch
     [
         (_tensors(heads=3), {}, "3 query heads must be a multiple of the kv heads, got 2"),
         (_tensors(keys=4), {}, "at least as many keys as queries, got 5 queries and 4 keys"),
-        (_tensors(), {"window": 0}, "window must be at least 1 or None, got 0"),
+        (
+            _tensors(),
+            {"window": 0},
+            r"window \(or None\) must be a whole number of at least 1, got 0",
+        ),
         ([t[0] for t in _tensors()], {}, r"q must have shape \(B, T, H, K\)"),
         ([t.int() for t in _tensors()], {}, "q must be floating point"),
         ([*_tensors()[:2], _tensors(keys=6)[2]], {}, "v must have shape"),
