@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
+from typing import TextIO
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -25,6 +26,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
+_TERMINAL = pytest.StashKey[TextIO]()
 HANG_SECONDS = 10
 """One generated input may take this long; then the whole test run is stopped with a traceback."""
 
@@ -51,22 +53,23 @@ def pytest_configure(config: pytest.Config) -> None:
         suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
     )
     settings.load_profile("pyllm")
+    # Now, while pytest does not capture: what is written at the end of a hanging run must be seen.
+    config.stash[_TERMINAL] = os.fdopen(os.dup(sys.__stderr__.fileno()), "w")
 
 
 @pytest.fixture
-def watchdog() -> Iterator[Callable[[], None]]:
+def watchdog(request: pytest.FixtureRequest) -> Iterator[Callable[[], None]]:
     """Call it at the start of each generated input: one that hangs, even in C++, ends the run.
 
     The traceback of every thread goes to the terminal. No exception could end a loop in C++.
     """
-    terminal = os.fdopen(os.dup(sys.__stderr__.fileno()), "w")
+    terminal = request.config.stash[_TERMINAL]
 
     def restart() -> None:
         faulthandler.dump_traceback_later(HANG_SECONDS, exit=True, file=terminal)
 
     yield restart
     faulthandler.cancel_dump_traceback_later()
-    terminal.close()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

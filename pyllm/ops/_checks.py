@@ -98,11 +98,13 @@ def check_shape(op: str, name: str, tensor: Tensor, expected: tuple[int | str, .
     fits = len(shape) == len(expected) and all(
         isinstance(want, str) or want == have for want, have in zip(expected, shape, strict=True)
     )
-    wanted = ", ".join(str(size) for size in expected)
     if not fits:
+        # Only here: torch.compile cannot turn a symbolic size into text on the path that goes on.
+        wanted = ", ".join(str(size) for size in expected)
         raise ValueError(f"{op}: {name} must have shape ({wanted}), got {shape}")
     for want, have in zip(expected, shape, strict=True):
         if isinstance(want, str) and want not in MAY_BE_EMPTY and have == 0:
+            wanted = ", ".join(str(size) for size in expected)
             raise ValueError(
                 f"{op}: {name} must have shape ({wanted}) with {want} of at least 1, got {shape}"
             )

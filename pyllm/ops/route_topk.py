@@ -48,8 +48,8 @@ def route_topk(logits: Tensor, top_k: int, *, face: str | None = None) -> Routin
     top_k = check_whole("route_topk", "top_k", top_k, least=1)
     if top_k > logits.shape[1]:
         raise ValueError(
-            f"route_topk: top_k must be between 1 and the number of experts "
-            f"({logits.shape[1]}), got {top_k}"
+            f"route_topk: top_k must be at most the number of experts ({logits.shape[1]}), "
+            f"got {top_k}"
         )
     chosen = choose_face("route_topk", logits.device.type, face)
     return Routing(*torch.ops.pyllm.route_topk_forward(logits, top_k, chosen))

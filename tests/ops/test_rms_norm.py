@@ -63,10 +63,10 @@ def test_inductor() -> None:
     ("x", "weight", "message"),
     [
         (torch.ones(2, 3), torch.ones(4), r"weight must have shape \(3\), got \(4,\)"),
-        (torch.ones(2, 3).int(), torch.ones(3), "x must be floating point, got torch.int32"),
+        (torch.ones(2, 3).int(), torch.ones(3), "x must be floating point .*, got torch.int32"),
         (torch.ones(()), torch.ones(1), "at least one dimension, got a scalar"),
         (torch.ones(2, 3), torch.ones(3, device="meta"), "weight on meta"),
-        ([1.0], torch.ones(1), "x must be a tensor, got list"),
+        ([1.0], torch.ones(1), r"x must be a tensor, got \[1.0\]"),
     ],
 )
 def test_bad_input(x: torch.Tensor, weight: torch.Tensor, message: str) -> None:

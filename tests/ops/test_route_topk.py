@@ -44,10 +44,10 @@ def test_large_logits() -> None:
 @pytest.mark.parametrize(
     ("logits", "top_k", "message"),
     [
-        (torch.ones(2, 3), 4, r"top_k must be between 1 and the number of experts \(3\), got 4"),
+        (torch.ones(2, 3), 4, r"top_k must be at most the number of experts \(3\), got 4"),
         (torch.ones(2, 3), 0, "got 0"),
         (torch.ones(3), 1, r"logits must have shape \(N, E\), got \(3,\)"),
-        (torch.ones(2, 3).long(), 1, "logits must be floating point, got torch.int64"),
+        (torch.ones(2, 3).long(), 1, "logits must be floating point .*, got torch.int64"),
     ],
 )
 def test_bad_input(logits: torch.Tensor, top_k: int, message: str) -> None:
