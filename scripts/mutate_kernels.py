@@ -19,10 +19,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-FLAGS = (
-    "-std=c++17 -O1 -fPIC -fopenmp-simd -fno-math-errno -fno-trapping-math -fvisibility=hidden "
-    "-DPYLLM_ISA=baseline -Icsrc"
-).split()
+FLAGS = ["-std=c++17", "-O1", "-fPIC", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math"]
+FLAGS += ["-fvisibility=hidden", "-DPYLLM_ISA=baseline", "-Icsrc"]
 SECONDS = 60
 # Which operations run through a source file; those not named here have a file of their own.
 USERS = {
@@ -59,8 +57,7 @@ def verdict(check: Callable[[], bool]) -> str:
     if child == 0:
         code = 1
         try:
-            sys.stderr = open(os.devnull, "w")
-            os.dup2(sys.stderr.fileno(), 2)
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # what a dying process says
             code = 0 if check() else 1
         finally:
             os._exit(code)
@@ -119,7 +116,9 @@ def passes(operations: tuple[str, ...]) -> bool:
     )
 
 
-def mutate(operation: str, objects: dict[str, Path], includes: list[str], folder: Path) -> dict:
+def mutate(
+    operation: str, objects: dict[str, Path], includes: list[str], folder: Path
+) -> dict[str, str]:
     """Name to verdict of every mutant of one operation's kernel and launcher."""
     import importlib
 
@@ -181,7 +180,7 @@ def main() -> int:
     from pyllm.testing import OPERATIONS
 
     includes = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_paths()['include']}"]
-    results = {}
+    results: dict[str, str] = {}
     with tempfile.TemporaryDirectory() as place:
         objects = compile_objects(Path(place), includes)
         for operation in arguments.operations or OPERATIONS:

@@ -12,6 +12,7 @@ from pyllm._checks import shown
 FLOATING_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 INDEX_DTYPES = (torch.int32, torch.int64)
 LARGEST_INT = 2**63 - 1
+LARGEST_FLOAT = torch.finfo(torch.float64).max
 MAY_BE_EMPTY = ("N", "B", "T", "S")
 """Shape letters of which there may be none: rows. A width of 0 is a mistake."""
 
@@ -50,17 +51,24 @@ def check_whole(op: str, name: str, value: Any, least: int, most: int = LARGEST_
     if not whole or not least <= value <= most:
         allowed = f"of at least {least}" if most == LARGEST_INT else f"from {least} to {most}"
         raise ValueError(f"{op}: {name} must be a whole number {allowed}, got {shown(value)}")
-    return value if isinstance(value, (int, torch.SymInt)) else int(value)
+    # A symbol stays one: int() of it would tie the compiled graph to this size.
+    return value if isinstance(value, torch.SymInt) else int(value)  # type: ignore[return-value]
 
 
 def check_real(op: str, name: str, value: Any, least: float = -math.inf) -> float:
     """A finite number of at least ``least``."""
-    real = isinstance(value, (float, int, torch.SymFloat, Real)) and not isinstance(value, bool)
-    # An integer can be too large for a float, and a NaN is not at least anything.
-    if not real or not (least <= value and abs(value) <= torch.finfo(torch.float64).max):
+    number = value
+    if isinstance(value, Real) and not isinstance(value, (bool, float, torch.SymFloat)):
+        try:
+            number = float(value)
+        except OverflowError:  # an integer of more than 308 digits
+            number = math.inf
+    real = isinstance(number, (float, torch.SymFloat))
+    # A NaN is not at least anything.
+    if not real or not (least <= number and abs(number) <= LARGEST_FLOAT):
         bound = "" if least == -math.inf else f" of at least {least:g}"
         raise ValueError(f"{op}: {name} must be a finite number{bound}, got {shown(value)}")
-    return value if isinstance(value, (float, torch.SymFloat)) else float(value)
+    return number
 
 
 def check_flag(op: str, name: str, value: Any) -> None:

@@ -128,7 +128,7 @@ def judge_outputs(
     plain: Result,
     truth: Result,
     dtype: torch.dtype,
-    any_scale: bool = False,
+    generated: bool = False,
 ) -> None:
     """Compare the outputs that ``got`` holds (a door shows fewer than a face).
 
@@ -152,7 +152,7 @@ def judge_outputs(
                 expected,
                 dtype,
                 degenerate=small,
-                any_scale=any_scale,
+                generated=generated,
             )
 
 
@@ -162,7 +162,7 @@ def judge_gradients(
     plain: Result,
     truth: Result,
     dtype: torch.dtype,
-    any_scale: bool = False,
+    generated: bool = False,
 ) -> None:
     """Compare every named gradient.
 
@@ -179,7 +179,7 @@ def judge_gradients(
             dtype,
             gradient=True,
             degenerate=f"d{name}" in degenerate,
-            any_scale=any_scale,
+            generated=generated,
         )
 
 
@@ -242,11 +242,11 @@ def check_door(
     device: str = "cpu",
     seed: int = 0,
     change: Callable[[Tensor], Tensor] = lambda tensor: tensor,
-    any_scale: bool = False,
+    generated: bool = False,
 ) -> None:
     """The public function with autograd; ``change`` alters the layout of inputs, not their values.
 
-    ``any_scale`` is for generated cases, see :func:`pyllm.testing.budget.compare`.
+    ``generated`` is for generated cases, see :func:`pyllm.testing.budget.compare`.
 
     Raises:
         Mismatch: the door is wrong.
@@ -259,8 +259,8 @@ def check_door(
     upstreams = {name: change(value) for name, value in upstreams.items()}
     with poisoned_memory():
         got = run_door(case, door, face, inputs, upstreams)
-    judge_outputs(case, got.outputs, plain, truth, dtype, any_scale)
-    judge_gradients(case, got.gradients, plain, truth, dtype, any_scale)
+    judge_outputs(case, got.outputs, plain, truth, dtype, generated)
+    judge_gradients(case, got.gradients, plain, truth, dtype, generated)
 
 
 def survives(face: Any, cases: Iterable[OpCase], dtypes: Iterable[torch.dtype]) -> bool:
