@@ -5,6 +5,7 @@ import importlib.util
 import os
 import warnings
 from functools import cache
+from importlib.machinery import ExtensionFileLoader
 from pathlib import Path
 from types import ModuleType
 
@@ -14,6 +15,8 @@ _REMEDY = (
     "and Ubuntu: `sudo apt install g++`; macOS: `xcode-select --install`), then run `pip install "
     "-e .` again in the checkout. `python -m pyllm.doctor` shows the details."
 )
+# A file to load as pyllm._cpu in place of the installed one. scripts/sanitize.py sets it.
+_OTHER_BUILD = os.environ.get("PYLLM_EXTENSION")
 
 
 @cache
@@ -22,7 +25,7 @@ def missing_reason() -> str | None:
 
     Looks for the file only, so that ``import pyllm`` stays cheap.
     """
-    if importlib.util.find_spec("pyllm._cpu") is not None:
+    if _OTHER_BUILD or importlib.util.find_spec("pyllm._cpu") is not None:
         return None
     if _FAILURE_FILE.exists():
         return "it did not build when pyllm was installed"
@@ -59,7 +62,7 @@ def cpu_extension() -> ModuleType | None:
 
     Raises:
         ValueError: ``PYLLM_ISA`` names an instruction set that is unknown, or not built or not
-            supported on this machine.
+            supported on this machine; or the file that ``PYLLM_EXTENSION`` names does not load.
     """
     if missing_reason() is not None:
         warn_if_missing()
@@ -68,9 +71,26 @@ def cpu_extension() -> ModuleType | None:
     import torch  # noqa: F401
 
     try:
-        module = importlib.import_module("pyllm._cpu")
+        module = _load()
     except ImportError as error:
+        if _OTHER_BUILD:
+            raise ValueError(
+                f"PYLLM_EXTENSION={_OTHER_BUILD!r} does not load as pyllm._cpu ({error}); build it "
+                "again, or unset PYLLM_EXTENSION for the installed one"
+            ) from None
         _warn_once(f"its extension does not load ({error})")
         return None
     module.set_isa(os.environ.get("PYLLM_ISA", ""))
+    return module
+
+
+def _load() -> ModuleType:
+    if not _OTHER_BUILD:
+        return importlib.import_module("pyllm._cpu")
+    # A loader of its own: from a path, importlib picks one by how the name ends.
+    loader = ExtensionFileLoader("pyllm._cpu", _OTHER_BUILD)
+    spec = importlib.util.spec_from_file_location("pyllm._cpu", _OTHER_BUILD, loader=loader)
+    assert spec is not None
+    module = importlib.util.module_from_spec(spec)
+    loader.exec_module(module)
     return module

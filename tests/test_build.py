@@ -62,6 +62,24 @@ def test_an_unknown_isa_is_an_error() -> None:
 
 
 @needs_extension
+def test_another_build_can_be_named(tmp_path: Path) -> None:
+    other = tmp_path / Path(cpu_extension().__file__).name
+    shutil.copy(cpu_extension().__file__, other)
+    code = "from pyllm._native import cpu_extension; print(cpu_extension().__file__)"
+    result = run_python(code, PYLLM_EXTENSION=str(other))
+    assert result.stdout.strip() == str(other), result.stderr
+
+
+def test_another_build_that_does_not_load_is_an_error() -> None:
+    code = "from pyllm._native import cpu_extension; cpu_extension()"
+    result = run_python(code, PYLLM_EXTENSION="/nowhere/_cpu.so")
+    assert result.returncode != 0
+    last_line = result.stderr.splitlines()[-1]
+    assert last_line.startswith("ValueError: PYLLM_EXTENSION='/nowhere/_cpu.so' does not load as")
+    assert "unset PYLLM_EXTENSION for the installed one" in last_line
+
+
+@needs_extension
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/maps")
 def test_one_openmp_runtime_in_the_process() -> None:
     code = """

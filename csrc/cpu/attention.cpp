@@ -24,8 +24,8 @@ struct AttentionBlock {
 };
 
 // Elements (an exponential each) and bytes (copied) in a range handed to a thread.
-constexpr std::int64_t kElementsPerRange = 8192;
-constexpr std::int64_t kBytesPerRange = 32768;
+constexpr std::int64_t kElementsPerRange = per_range(8192);
+constexpr std::int64_t kBytesPerRange = per_range(32768);
 
 // Where a row of scores stands: which keys it may see, as columns of the block, and where its
 // log-sum-exp is kept.
@@ -37,10 +37,11 @@ Row locate(const AttentionBlock& block, std::int64_t pair_in_block, std::int64_t
   const std::int64_t token = block.first_token + row / block.shared;
   const std::int64_t pair = block.first_pair + pair_in_block;
   const std::int64_t position = block.total_keys - block.total_tokens + token;
-  std::int64_t first = block.window > 0 ? position - block.window + 1 : 0;
+  // Compared first: a position before the keys, less a window of 2^63 - 1, is not an int64.
+  const bool cut = block.window > 0 && block.window <= position;
+  std::int64_t first = (cut ? position - block.window + 1 : 0) - block.first_key;
   std::int64_t end = block.causal ? position + 1 : block.total_keys;
   end = (end < block.total_keys ? end : block.total_keys) - block.first_key;
-  first = (first > 0 ? first : 0) - block.first_key;
   first = first > 0 ? first : 0;
   end = end > first ? end : first;
   // Heads of all groups are numbered g * shared + j, so (b, head) is pair * shared + j.

@@ -13,7 +13,7 @@ namespace pyllm::PYLLM_ISA {
 namespace {
 
 // Elements in a range handed to a thread: enough to hide the hand-over (about 1 us).
-constexpr std::int64_t kElementsPerRange = 16384;
+constexpr std::int64_t kElementsPerRange = per_range(16384);
 
 template <class Storage>
 Wide<Storage> log_sum_exp(const Storage* __restrict z, std::int64_t width) {

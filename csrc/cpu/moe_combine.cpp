@@ -11,7 +11,7 @@ namespace pyllm::PYLLM_ISA {
 namespace {
 
 // Elements in a range of rows handed to a thread: enough to hide the hand-over (about 1 us).
-constexpr std::int64_t kElementsPerRange = 16384;
+constexpr std::int64_t kElementsPerRange = per_range(16384);
 // Columns summed at a time in a local array, so that the output is rounded once.
 constexpr std::int64_t kTile = 256;
 

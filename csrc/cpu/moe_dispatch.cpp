@@ -12,7 +12,7 @@ namespace pyllm::PYLLM_ISA {
 namespace {
 
 // Bytes in a range of rows handed to a thread: enough to hide the hand-over (about 1 us).
-constexpr std::int64_t kBytesPerRange = 65536;
+constexpr std::int64_t kBytesPerRange = per_range(65536);
 
 }  // namespace
 
@@ -44,10 +44,11 @@ void sort_by_expert(const void* experts, std::int64_t n_slots, std::int64_t n_ex
 void gather_rows(const void* source, const void* order, std::int64_t top_k, void* rows,
                  std::int64_t n_rows, std::int64_t n_padded, std::int64_t row_bytes,
                  int n_threads) {
+  if (row_bytes == 0) return;  // empty tensors are null pointers, which memcpy does not take
   const auto* from = static_cast<const char*>(source);
   const auto* slot = static_cast<const std::int32_t*>(order);
   auto* to = static_cast<char*>(rows);
-  const std::int64_t grain = kBytesPerRange / (row_bytes > 0 ? row_bytes : 1) + 1;
+  const std::int64_t grain = rows_per_range(kBytesPerRange, row_bytes);
   parallel_for(n_padded, grain, n_threads, [=](std::int64_t begin, std::int64_t end) {
     for (std::int64_t row = begin; row < end; ++row) {
       char* target = to + row * row_bytes;

@@ -15,7 +15,7 @@ namespace pyllm::PYLLM_ISA {
 namespace {
 
 // Elements in a range of rows handed to a thread: an exponential each, so about 5 us.
-constexpr std::int64_t kElementsPerRange = 8192;
+constexpr std::int64_t kElementsPerRange = per_range(8192);
 
 // Each activation reads `columns` pre-activations and gives one hidden value.
 

@@ -20,6 +20,17 @@ const char* parallel_backend();
 #ifdef PYLLM_ISA
 namespace PYLLM_ISA {
 
+// How much of a loop is worth handing to a thread: what the kernel says, but next to nothing under
+// ThreadSanitizer, where the small sizes of the tests have to run on several threads.
+constexpr std::int64_t per_range(std::int64_t amount) {
+#ifdef PYLLM_THREAD_SANITIZER
+  (void)amount;
+  return 1;
+#else
+  return amount;
+#endif
+}
+
 // A grain for parallel_for: rows of about `elements_per_range` elements in all, one at least.
 inline std::int64_t rows_per_range(std::int64_t elements_per_range, std::int64_t per_row) {
   return elements_per_range / (per_row > 0 ? per_row : 1) + 1;

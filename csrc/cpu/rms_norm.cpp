@@ -15,7 +15,7 @@ namespace pyllm::PYLLM_ISA {
 namespace {
 
 // Elements in a range of rows handed to a thread: enough to hide the hand-over (about 1 us).
-constexpr std::int64_t kElementsPerRange = 16384;
+constexpr std::int64_t kElementsPerRange = per_range(16384);
 // At most this many partial sums of dweight, so that adding them up stays cheap for any row count.
 constexpr std::int64_t kMaxPartials = 256;
 // Rows of dweight summed in float; their sums are added up in double, or long sums lose digits.
@@ -32,12 +32,10 @@ void forward(const Storage* x, const Wide<Storage>* weight, double eps, Storage*
     for (std::int64_t row = begin; row < end; ++row) {
       const Storage* __restrict x_row = x + row * width;
       Storage* __restrict y_row = y + row * width;
-      W sum = 0;
-#pragma omp simd reduction(+ : sum)
-      for (std::int64_t i = 0; i < width; ++i) {
+      const W sum = sum_of<W>(width, [=](std::int64_t i) {
         const W value = widen(x_row[i]);
-        sum += value * value;
-      }
+        return value * value;
+      });
       const W scale = W(1) / std::sqrt(sum / W(width) + W(eps));
       rstd[row] = scale;
 #pragma omp simd
@@ -54,14 +52,12 @@ void backward_row(const Storage* __restrict dy, const Storage* __restrict x,
                   const Wide<Storage>* __restrict weight, Wide<Storage> scale,
                   Storage* __restrict dx, Wide<Storage>* __restrict partial, std::int64_t width) {
   using W = Wide<Storage>;
-  W sum = 0;
-#pragma omp simd reduction(+ : sum)
-  for (std::int64_t i = 0; i < width; ++i) {
+  const W sum = sum_of<W>(width, [=](std::int64_t i) {
     const W x_hat = widen(x[i]) * scale;
     const W dy_i = widen(dy[i]);
     partial[i] += dy_i * x_hat;
-    sum += dy_i * weight[i] * x_hat;
-  }
+    return dy_i * weight[i] * x_hat;
+  });
   const W mean = sum / W(width);
 #pragma omp simd
   for (std::int64_t i = 0; i < width; ++i) {

@@ -10,7 +10,7 @@ namespace pyllm::PYLLM_ISA {
 namespace {
 
 // Elements in a range handed to a thread: enough to hide the hand-over (about 1 us).
-constexpr std::int64_t kElementsPerRange = 16384;
+constexpr std::int64_t kElementsPerRange = per_range(16384);
 
 // One head: the halves a and b of x, turned by the angles of its token.
 template <class Storage>
@@ -34,7 +34,7 @@ void rope(DType dtype, bool inverse, const void* x, std::int64_t batch_stride,
           std::int64_t table_stride, void* y, std::int64_t batch, std::int64_t tokens,
           std::int64_t heads, std::int64_t half, int n_threads) {
   const std::int64_t per_token = heads * half * 2;
-  const std::int64_t grain = kElementsPerRange / (per_token > 0 ? per_token : 1) + 1;
+  const std::int64_t grain = rows_per_range(kElementsPerRange, per_token);
   with_storage(dtype, [=](auto storage) {
     using S = decltype(storage);
     using W = Wide<S>;

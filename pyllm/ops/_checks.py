@@ -17,19 +17,10 @@ MAY_BE_EMPTY = ("N", "B", "T", "S")
 """Shape letters of which there may be none: rows. A width of 0 is a mistake."""
 
 
-def _check_tensor(op: str, name: str, tensor: Any) -> None:
-    if not isinstance(tensor, Tensor):
-        raise ValueError(f"{op}: {name} must be a tensor, got {shown(tensor)}")
-    if tensor.layout != torch.strided or tensor.is_nested:
-        raise ValueError(
-            f"{op}: {name} must be a dense tensor, got layout {tensor.layout}; call to_dense()"
-        )
-
-
 def check_floating(op: str, **tensors: Tensor) -> None:
     """Every tensor is dense, in one of the four dtypes that every face knows."""
     for name, tensor in tensors.items():
-        _check_tensor(op, name, tensor)
+        _check_dense(op, name, tensor)
         if tensor.dtype not in FLOATING_DTYPES:
             raise ValueError(
                 f"{op}: {name} must be floating point (float32, float64, bfloat16 or float16), "
@@ -40,9 +31,18 @@ def check_floating(op: str, **tensors: Tensor) -> None:
 def check_integer(op: str, **tensors: Tensor) -> None:
     """Every tensor is dense, int32 or int64."""
     for name, tensor in tensors.items():
-        _check_tensor(op, name, tensor)
+        _check_dense(op, name, tensor)
         if tensor.dtype not in INDEX_DTYPES:
             raise ValueError(f"{op}: {name} must be int32 or int64, got {tensor.dtype}")
+
+
+def _check_dense(op: str, name: str, tensor: Any) -> None:
+    if not isinstance(tensor, Tensor):
+        raise ValueError(f"{op}: {name} must be a tensor, got {shown(tensor)}")
+    if tensor.layout != torch.strided or tensor.is_nested:
+        raise ValueError(
+            f"{op}: {name} must be a dense tensor, got layout {tensor.layout}; call to_dense()"
+        )
 
 
 def check_whole(op: str, name: str, value: Any, least: int, most: int = LARGEST_INT) -> int:
@@ -102,20 +102,21 @@ def check_shape(op: str, name: str, tensor: Tensor, expected: tuple[int | str, .
 
     Only rows (``MAY_BE_EMPTY``) can be none.
     """
-    shape = tuple(tensor.shape)
-    fits = len(shape) == len(expected) and all(
-        isinstance(want, str) or want == have for want, have in zip(expected, shape, strict=True)
-    )
-    if not fits:
-        # Only here: torch.compile cannot turn a symbolic size into text on the path that goes on.
-        wanted = ", ".join(str(size) for size in expected)
-        raise ValueError(f"{op}: {name} must have shape ({wanted}), got {shape}")
-    for want, have in zip(expected, shape, strict=True):
-        if isinstance(want, str) and want not in MAY_BE_EMPTY and have == 0:
-            wanted = ", ".join(str(size) for size in expected)
-            raise ValueError(
-                f"{op}: {name} must have shape ({wanted}) with {want} of at least 1, got {shape}"
-            )
+    shape = tensor.shape
+    if len(shape) == len(expected):
+        for want, have in zip(expected, shape, strict=True):
+            if isinstance(want, str):
+                if have == 0 and want not in MAY_BE_EMPTY:
+                    break
+            elif want != have:
+                break
+        else:
+            return
+    # Only here: torch.compile cannot turn a symbolic size into text on the path that goes on.
+    wanted = ", ".join(str(size) for size in expected)
+    widths = [size for size in expected if isinstance(size, str) and size not in MAY_BE_EMPTY]
+    least = f" with {', '.join(widths)} of at least 1" if 0 in shape and widths else ""
+    raise ValueError(f"{op}: {name} must have shape ({wanted}){least}, got {tuple(shape)}")
 
 
 def check_index_range(
@@ -136,6 +137,15 @@ def check_index_range(
     if low < 0 or high >= limit:
         raise ValueError(
             f"{op}: {name} must be between 0 and {limit - 1}, got values from {low} to {high}"
+        )
+
+
+def check_row_count(op: str, name: str, indices: Tensor) -> None:
+    """The rows of all experts are numbered in int32."""
+    if indices.numel() >= 2**31:
+        raise ValueError(
+            f"{op}: {name} must name less than 2**31 rows, got {tuple(indices.shape)}; split the "
+            "tokens"
         )
 
 

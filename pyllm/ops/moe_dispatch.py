@@ -9,6 +9,7 @@ from pyllm.ops._checks import (
     check_floating,
     check_index_range,
     check_integer,
+    check_row_count,
     check_same_device,
     check_shape,
     check_whole,
@@ -52,6 +53,7 @@ def moe_dispatch(
     check_shape("moe_dispatch", "experts", experts, (x.shape[0], "k"))
     check_same_device("moe_dispatch", x=x, experts=experts)
     n_experts = check_whole("moe_dispatch", "n_experts", n_experts, least=1, most=MOST_EXPERTS)
+    check_row_count("moe_dispatch", "experts", experts)
     check_index_range("moe_dispatch", "experts", experts, n_experts)
     chosen = choose_face("moe_dispatch", x.device.type, face)
     return Dispatch(*torch.ops.pyllm.moe_dispatch_forward(x, experts, n_experts, chosen))

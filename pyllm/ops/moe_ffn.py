@@ -8,6 +8,7 @@ from pyllm.ops._checks import (
     check_floating,
     check_index_range,
     check_integer,
+    check_row_count,
     check_same_device,
     check_same_dtype,
     check_shape,
@@ -59,6 +60,7 @@ def moe_ffn(
     check_shape("moe_ffn", "weights", weights, (x.shape[0], "k"))
     check_shape("moe_ffn", "experts", experts, tuple(weights.shape))
     check_same_device("moe_ffn", x=x, w_in=w_in, w_out=w_out, weights=weights, experts=experts)
+    check_row_count("moe_ffn", "experts", experts)
     check_index_range("moe_ffn", "experts", experts, n_experts)
     dtype = autocast_dtype(x.device.type)
     if dtype is not None:

@@ -30,7 +30,7 @@ def visible(n_queries: int, n_keys: int, causal: bool, window: int, device: torc
     if causal:
         sees_TS &= key_1S <= at_T1
     if window > 0:
-        sees_TS &= key_1S > at_T1 - window
+        sees_TS &= at_T1 - key_1S < window
     return sees_TS
 
 

@@ -82,8 +82,8 @@ def compare(
             what they are computed from may have been rounded to it.
         gradient: use the factor for gradients.
         degenerate: the truth is zero but for rounding; its scale is taken as one.
-        generated: the case was drawn at random. An ill-scaled one is taken as degenerate, not
-            refused, and the budget is ``GENERATED_FACTOR`` times as wide.
+        generated: the case was drawn at random, and may be one number that is what is left of a
+            sum: its scale is taken as one, and the budget is ``GENERATED_FACTOR`` times as wide.
 
     Raises:
         Mismatch: other dtype or shape, a NaN or infinity that the truth has not, or out of budget.
@@ -96,7 +96,7 @@ def compare(
         return
     got, plain, truth = got[finite], plain[finite], truth[finite]
     largest = float(truth.abs().max())
-    degenerate |= generated and not SMALLEST <= largest <= LARGEST
+    degenerate |= generated
     if not degenerate and not SMALLEST <= largest <= LARGEST:
         raise ValueError(
             f"{name}: the case is ill-scaled, its largest entry is {largest:.2g} and should lie "

@@ -87,3 +87,11 @@ def test_scores_beyond_float16(face: str) -> None:
     torch.testing.assert_close(y.float(), expected, atol=2e-3, rtol=2e-3)
     (gradient,) = torch.autograd.grad(y.float().sum(), q)
     assert gradient.isfinite().all()
+
+
+@pytest.mark.parametrize("face", available_faces("attention"))
+def test_the_widest_window_is_no_window(face: str) -> None:
+    # A position less 2^63 - 1 is beyond int64: such a window once hid every key.
+    q, k, v = (torch.randn(1, 9, 2, 8) for _ in range(3))
+    widest = attention(q, k, v, window=2**63 - 1, face=face)
+    torch.testing.assert_close(widest, attention(q, k, v, face=face))

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from pyllm.ops import moe_dispatch
+from pyllm.ops import moe_combine, moe_dispatch
 from pyllm.ops._registry import face_module
 from pyllm.testing.cases.moe_dispatch import MOE_DISPATCH
 from pyllm.testing.suite import OperationSuite
@@ -45,3 +45,15 @@ def test_nan_stays_with_its_token() -> None:
 def test_bad_input(x: torch.Tensor, experts: torch.Tensor, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         moe_dispatch(x, experts, 4)
+
+
+def test_more_rows_than_int32_can_number() -> None:
+    experts = torch.zeros(1, 1, dtype=torch.int32).expand(2**31, 1)
+    with pytest.raises(ValueError, match=r"less than 2\*\*31 rows, got \(2147483648, 1\)"):
+        moe_dispatch(torch.zeros(1, 4).expand(2**31, 4), experts, 3)
+
+
+def test_a_position_that_is_no_permutation() -> None:
+    position = torch.tensor([[0, 1], [1, 3]])
+    with pytest.raises(ValueError, match="position must be a permutation, got 1 2 times"):
+        moe_combine(torch.ones(4, 3), torch.ones(2, 2), position)
