@@ -1,6 +1,7 @@
 """What is installed, what runs here, what this machine can train, and what to do about the rest.
 
-``python -m pyllm.doctor`` or ``python scripts/doctor.py``. It only looks; it always exits with 0.
+``python -m pyllm.doctor`` or ``python scripts/doctor.py``. It only looks; it exits with 0 whatever
+it finds.
 """
 
 import importlib.metadata
@@ -13,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pyllm._cli import run
+from pyllm._memory import memory_bytes
 from pyllm._native import build_output, cpu_extension, missing_reason
 
 if TYPE_CHECKING:
@@ -83,19 +86,6 @@ def what_fits(memory_bytes: int) -> list[Fit]:
         needed = BYTES_PER_PARAMETER * parameters
         fits.append(Fit(name, parameters, needed, needed <= memory_bytes))
     return fits
-
-
-def memory_bytes() -> int | None:
-    """Memory this process may use: the machine's, or its container's limit where that is lower."""
-    try:
-        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, ValueError, OSError):  # Windows
-        return None
-    try:
-        limit = Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii").strip()
-    except OSError:
-        return total
-    return min(total, int(limit)) if limit.isdecimal() else total
 
 
 def cpu_model() -> str:
@@ -277,7 +267,12 @@ SECTIONS: dict[str, Callable[[], list[Finding]]] = {
 }
 
 
-def main() -> None:
+@dataclass(frozen=True)
+class Config:
+    """What is installed, what runs here, what this machine can train, what to do about the rest."""
+
+
+def main(config: Config | None = None) -> None:
     """Print every section. One that cannot be looked at says why, and the others still come."""
     from rich.console import Console
     from rich.table import Table
@@ -300,4 +295,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main, Config)

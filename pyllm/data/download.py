@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
 
+from pyllm._checks import check_size, shown
 from pyllm.data.texts import SEPARATOR, read_texts
 
 
@@ -47,10 +48,10 @@ def download(name: str, folder: str | Path, max_documents: int | None = None) ->
 
     Raises ValueError for an unknown name or a limit below 2, ConnectionError without network.
     """
-    if name not in DATASETS:
-        raise ValueError(f"unknown data set {name!r}; known are {', '.join(DATASETS)}")
-    if max_documents is not None and max_documents < 2:
-        raise ValueError(f"max_documents is {max_documents}; expected 2 or more")
+    if not isinstance(name, str) or name not in DATASETS:
+        raise ValueError(f"unknown data set {shown(name)}; known are {', '.join(DATASETS)}")
+    if max_documents is not None:
+        max_documents = check_size("max_documents", max_documents, 2, 10**12)
     source = DATASETS[name]
     folder = Path(folder)
     limit = max_documents or source.max_documents

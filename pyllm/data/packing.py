@@ -7,10 +7,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from pyllm._checks import check_size
+
 if TYPE_CHECKING:
     import torch
 
     from pyllm.data.token_file import TokenFile
+
+MAX_TOKENS = 2**28
+"""In a batch: 2 GB of ids, and far more in any model."""
 
 
 class PackedBatches:
@@ -29,16 +34,19 @@ class PackedBatches:
         seq_len: tokens in a block (T).
         seed: of the order and the phases.
 
-    Raises ValueError for sizes below 1, a negative seed, a file that is shorter than one block,
-    or one that does not end with an end-of-text.
+    Raises ValueError for sizes below 1 or no whole numbers, a negative seed, a batch of over 2**28
+    tokens, a file that is shorter than one block, or one that does not end with an end-of-text.
     """
 
     def __init__(self, token_file: TokenFile, batch_size: int, seq_len: int, seed: int) -> None:
-        for name, value in (("batch_size", batch_size), ("seq_len", seq_len)):
-            if value < 1:
-                raise ValueError(f"{name} is {value}; expected 1 or more")
-        if seed < 0:
-            raise ValueError(f"seed is {seed}; expected 0 or more")
+        batch_size = check_size("batch_size", batch_size, 1, MAX_TOKENS)
+        seq_len = check_size("seq_len", seq_len, 1, MAX_TOKENS)
+        seed = check_size("seed", seed, 0)
+        if batch_size * seq_len > MAX_TOKENS:
+            raise ValueError(
+                f"a batch of {batch_size:,} blocks of {seq_len:,} tokens is too large: expected "
+                f"at most {MAX_TOKENS:,} tokens; give a smaller batch_size or seq_len"
+            )
         if len(token_file) < seq_len:
             raise ValueError(
                 f"{token_file.path}: holds {len(token_file):,} tokens, but one block needs "
@@ -61,16 +69,23 @@ class PackedBatches:
     def batch(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The batch of a step (0, 1, ...): inputs and targets, int64 of shape (B, T).
 
-        `targets[b, t]` is the token after `inputs[b, t]`.
+        `targets[b, t]` is the token after `inputs[b, t]`. Raises ValueError for a step that is no
+        whole number or negative, and where the file holds an id outside its vocabulary.
         """
         import torch
 
-        if step < 0:
-            raise ValueError(f"step is {step}; expected 0 or more")
+        step = check_size("step", step, 0)
         rows = np.empty((self.batch_size, self.seq_len + 1), dtype=np.int64)
         for b in range(self.batch_size):
             epoch, index = divmod(step * self.batch_size + b, self.blocks_per_epoch)
             self._read(int(self._starts(epoch)[index]), rows[b])
+        # Here it costs microseconds; on a GPU such an id would end the process without a reason.
+        largest, vocab_size = int(rows.max()), self.token_file.sidecar.vocab_size
+        if largest >= vocab_size:
+            raise ValueError(
+                f"{self.token_file.path}: holds the id {largest}, outside its vocabulary of "
+                f"{vocab_size}; the file was changed: write it again from its text"
+            )
         block = torch.from_numpy(rows)
         return block[:, :-1].contiguous(), block[:, 1:].contiguous()
 

@@ -15,6 +15,7 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from pyllm._checks import check_size, shown
 from pyllm.data import story_words as words
 from pyllm.data.story_plots import PLOTS
 from pyllm.data.story_plots_more import MORE_PLOTS
@@ -94,10 +95,9 @@ def write_stories(n: int, seed: int, split: str = "train") -> Iterator[str]:
 
 def tell_stories(n: int, seed: int, split: str = "train") -> Iterator[Story]:
     """`write_stories`, with what each story is about."""
-    if n < 0 or seed < 0:
-        raise ValueError(f"n is {n} and seed is {seed}; expected 0 or more")
+    n, seed = check_size("n", n, 0), check_size("seed", seed, 0)
     if split not in SPLITS:
-        raise ValueError(f"split is {split!r}; expected one of {', '.join(SPLITS)}")
+        raise ValueError(f"split is {shown(split)}; expected one of {', '.join(SPLITS)}")
     # A string seeds the generator through sha512, alike on every machine and Python.
     rng = random.Random(f"stories:{split}:{seed}")
     return (_tell(rng, split) for _ in range(n))

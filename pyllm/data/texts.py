@@ -7,13 +7,16 @@ import random
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from pyllm._checks import check_size, check_text, check_texts, one_line, shown
 
 if TYPE_CHECKING:
     from pyllm.tokenizers import Tokenizer
 
 SEPARATOR = "<|endoftext|>"
 TEXT_SUFFIXES = (".txt", ".text", ".md", "")
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"  # as Windows editors write it
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
@@ -35,8 +38,8 @@ def read_texts(
         streaming: read a data set from the hub without storing it; files are always streamed.
         text_column: the column, or JSON key, that holds the text.
 
-    Raises ValueError, at the call where it can: no such file, a folder, empty, not UTF-8, a row
-    without the column. ConnectionError where the hub cannot be reached.
+    Raises ValueError, at the call where it can: no such file, a folder, empty, not UTF-8, damaged,
+    a row without the column. ConnectionError where the hub cannot be reached.
     """
     path = Path(path_or_hub_name)
     name = str(path_or_hub_name)
@@ -72,9 +75,10 @@ def split_documents(
     Copies of a document fall on the same side (and validation keeps one), so that no text is in
     both. Raises ValueError for a fraction outside (0, 1) or fewer than two different documents.
     """
-    if not 0 < fraction < 1:
-        raise ValueError(f"the validation fraction is {fraction}; expected between 0 and 1")
-    texts = list(texts)
+    if not isinstance(fraction, int | float) or not 0 < fraction < 1:
+        raise ValueError(f"the validation fraction is {shown(fraction)}; expected between 0 and 1")
+    seed = check_size("seed", seed, 0)
+    texts = list(check_texts(texts))
     different = list(dict.fromkeys(texts))
     if len(different) < 2:
         raise ValueError(
@@ -94,12 +98,15 @@ def story_windows(
 
     Each text is cut to its first `max_bytes` bytes of UTF-8, cut back to a whole character.
     Returns (token ids, bytes) for each, with no end-of-text on either side; the one who scores
-    puts it in front as the empty context. Empty texts are left out.
+    puts it in front as the empty context. Empty texts are left out. Raises ValueError for texts
+    that are no str, and for max_bytes below 4, the bytes of the longest character.
     """
-    if max_bytes < 4:
-        raise ValueError(f"max_bytes is {max_bytes}; expected 4 or more, the longest character")
+    max_bytes = check_size("max_bytes", max_bytes, 4)
     # errors="ignore" can only drop the one character that the cut went through.
-    cut = [text.encode("utf-8")[:max_bytes].decode("utf-8", errors="ignore") for text in texts]
+    cut = [
+        text.encode("utf-8")[:max_bytes].decode("utf-8", errors="ignore")
+        for text in check_texts(texts)
+    ]
     cut = [text for text in cut if text]
     ids = tokenizer.encode_batch(cut)
     return [(ids_, len(text.encode("utf-8"))) for ids_, text in zip(ids, cut, strict=True)]
@@ -120,7 +127,7 @@ def _text_documents(path: Path) -> Iterator[str]:
     lines: list[bytes] = []
     start = position = 0
     with path.open("rb") as stream:
-        if stream.read(3) != b"\xef\xbb\xbf":  # a byte order mark, as Windows editors write it
+        if stream.read(3) != BYTE_ORDER_MARK:
             stream.seek(0)
         position = start = stream.tell()
         for line in stream:
@@ -142,54 +149,83 @@ def _decode(document: bytes, path: Path, start: int) -> str:
             f"{path}: not UTF-8 at byte {start + error.start} "
             f"({document[error.start]:#04x}); convert the file to UTF-8"
         ) from error
-    return text.removesuffix("\n").removesuffix("\r")
+    if "\0" in text:
+        at = start + document.index(b"\0")
+        raise ValueError(
+            f"{path}: a zero byte at byte {at}, as in UTF-16 and in files that are no text; "
+            "convert the file to UTF-8"
+        )
+    return text.removesuffix("\r\n") if text.endswith("\r\n") else text.removesuffix("\n")
 
 
 def _column(row: object, column: str, where: str) -> str:
     if not isinstance(row, dict) or column not in row:
-        found = ", ".join(map(str, row)) if isinstance(row, dict) else type(row).__name__
+        found = shown(list(row)) if isinstance(row, dict) else type(row).__name__
         raise ValueError(f"{where}: no column {column!r}; found {found}: name the text column")
     text = row[column]
     if not isinstance(text, str):
         raise ValueError(
             f"{where}: column {column!r} holds {type(text).__name__}; expected a string"
         )
-    return text
+    return check_text(text, f"{where}: column {column!r}")
 
 
 def _jsonl_texts(path: Path, column: str) -> Iterator[str]:
     # By hand, where `datasets` would do: an error then names the line, and nothing is cached.
     with path.open("rb") as stream:
         for number, line in enumerate(stream, start=1):
+            if number == 1:
+                line = line.removeprefix(BYTE_ORDER_MARK)
             if not line.strip():
                 continue
             try:
                 row = json.loads(line.decode("utf-8"))
             except UnicodeDecodeError as error:
                 raise ValueError(f"{path}, line {number}: not UTF-8; convert the file") from error
-            except json.JSONDecodeError as error:
+            except (ValueError, RecursionError) as error:
                 raise ValueError(
-                    f"{path}, line {number}: not JSON ({error}); expected one object a line"
+                    f"{path}, line {number}: not JSON ({one_line(error)}); expected one object "
+                    "a line"
                 ) from error
             yield _column(row, column, f"{path}, line {number}")
 
 
 def _parquet_texts(path: Path, column: str) -> Iterator[str]:
-    # pyarrow comes with `datasets`, which would log an error of its own beside ours.
-    from pyarrow import parquet  # type: ignore[import-untyped]
-
-    try:
-        file = parquet.ParquetFile(path)
-    except ValueError as error:  # pyarrow's ArrowInvalid is one
-        raise ValueError(f"{path}: not a readable Parquet file ({_one_line(error)})") from error
-    names = file.schema_arrow.names
-    if column not in names:
-        _column(dict.fromkeys(names), column, str(path))
     number = 0
-    for batch in file.iter_batches(columns=[column]):
-        for text in batch.column(0).to_pylist():
+    for values in _parquet_columns(path, column):
+        for text in values:
             yield _column({column: text}, column, f"{path}, row {number}")
             number += 1
+
+
+def _parquet_columns(path: Path, column: str) -> Iterator[list[Any]]:
+    """The values of one column, batch by batch; nothing that pyarrow raises leaves as it is."""
+    # pyarrow comes with `datasets`, which would log an error of its own beside ours.
+    from pyarrow import ArrowException, parquet  # type: ignore[import-untyped]
+
+    # OSError is what damaged pages are to it, KeyError and IndexError what a wrong schema is.
+    damage = (ArrowException, ValueError, OSError, KeyError, IndexError, TypeError, MemoryError)
+    with path.open("rb") as stream:  # so that a file that may not be read is an error of its own
+        try:
+            file = parquet.ParquetFile(stream, page_checksum_verification=True)
+            names = file.schema_arrow.names
+            batches = file.iter_batches(columns=[column])
+        except damage as error:
+            raise ValueError(f"{path}: not a readable Parquet file ({one_line(error)})") from error
+        if column not in names:
+            _column(dict.fromkeys(names), column, str(path))
+        while True:
+            try:
+                batch = next(batches, None)
+                values = None if batch is None else batch.column(column).to_pylist()
+            except damage as error:
+                raise ValueError(
+                    f"{path}: not a readable Parquet file ({one_line(error)}); it is damaged: "
+                    "write it again"
+                ) from error
+            if values is None:
+                return
+            yield values
 
 
 def _hub_texts(name: str, split: str, streaming: bool, column: str) -> Iterator[str]:
@@ -202,7 +238,7 @@ def _hub_texts(name: str, split: str, streaming: bool, column: str) -> Iterator[
         # ValueError; what the reader can do about them is the same.
         raise ConnectionError(
             f"{name}: split {split!r} could not be read from the Hugging Face hub "
-            f"({_one_line(error)}); check the name and the network, or give a local file"
+            f"({one_line(error)}); check the name and the network, or give a local file"
         ) from error
     number = 0
     while True:
@@ -211,14 +247,9 @@ def _hub_texts(name: str, split: str, streaming: bool, column: str) -> Iterator[
         except Exception as error:
             raise ConnectionError(
                 f"{name}: reading from the Hugging Face hub broke off after {number:,} documents "
-                f"({_one_line(error)}); check the network and start again"
+                f"({one_line(error)}); check the network and start again"
             ) from error
         if row is None:
             return
         yield _column(row, column, f"{name}, row {number}")
         number += 1
-
-
-def _one_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0][:160]}" if lines else type(error).__name__

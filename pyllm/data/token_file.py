@@ -11,12 +11,15 @@ import dataclasses
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+from pyllm._checks import check_size, check_texts, one_line, shown
 
 if TYPE_CHECKING:
     from pyllm.tokenizers import Tokenizer
@@ -26,6 +29,7 @@ BATCH_DOCUMENTS = 1000
 # A batch ends at this many characters too, so that long documents don't fill the memory.
 BATCH_CHARACTERS = 4_000_000
 REMEDY = "write it again from its text"
+SHA256 = re.compile("[0-9a-f]{64}")
 
 
 @dataclass(frozen=True)
@@ -118,13 +122,13 @@ def write_tokens(
     temporary name, synced and renamed, so that a kill leaves no half file under the name.
 
     Args:
-        texts: the documents, none of them empty; special tokens in them are text.
+        texts: the documents; empty ones are left out, and special tokens in them are text.
         tokenizer: makes the ids, and gives the end-of-text id.
         path: of the .bin file; its folder is made where it is missing.
         dtype: "uint16" or "uint32"; by default the smaller one that holds the vocabulary.
 
     Raises ValueError for a vocabulary that does not fit `dtype`, a path that does not end in
-    .bin or is a folder, and texts without any document.
+    .bin or is a folder, and texts that are no str or hold no document.
     """
     path = Path(path)
     dtype = _choose_dtype(tokenizer.vocab_size, dtype)
@@ -132,11 +136,12 @@ def write_tokens(
         raise ValueError(f"{path}: expected the name of a file that ends in .bin")
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    documents_of = check_texts(texts)
     count = documents = 0
     digest = hashlib.sha256()
     try:
         with temporary.open("wb") as stream:
-            for batch in _batches(texts):
+            for batch in _batches(documents_of):
                 ids: list[int] = []
                 for document in tokenizer.encode_batch(batch):
                     ids.extend(document)
@@ -172,7 +177,7 @@ def write_tokens(
 def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
     batch: list[str] = []
     characters = 0
-    for text in texts:
+    for text in filter(None, texts):
         batch.append(text)
         characters += len(text)
         if len(batch) == BATCH_DOCUMENTS or characters >= BATCH_CHARACTERS:
@@ -185,9 +190,13 @@ def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
 def _choose_dtype(vocab_size: int, dtype: str | None) -> str:
     if dtype is None:
         return "uint16" if vocab_size <= 2**16 else "uint32"
-    dtype = np.dtype(dtype).name
-    if dtype not in DTYPES:
-        raise ValueError(f"token files hold {' or '.join(DTYPES)}, not {dtype}")
+    try:
+        name = np.dtype(dtype).name
+    except (TypeError, ValueError):
+        name = shown(dtype)
+    if name not in DTYPES:
+        raise ValueError(f"token files hold {' or '.join(DTYPES)}, not {name}")
+    dtype = name
     if vocab_size > np.iinfo(dtype).max + 1:
         raise ValueError(
             f"a vocabulary of {vocab_size:,} ids does not fit {dtype}, which holds "
@@ -210,28 +219,36 @@ def _read_sidecar(path: Path) -> Sidecar:
         raise ValueError(f"{path}: no such sidecar, without which ids mean nothing; {REMEDY}")
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # both json's and unicode's are
-        raise ValueError(f"{path}: not JSON ({error}); {REMEDY}") from error
+    except (ValueError, RecursionError) as error:  # json's and unicode's are ValueErrors
+        raise ValueError(f"{path}: not JSON ({one_line(error)}); {REMEDY}") from error
     wanted = {field.name: field.type for field in dataclasses.fields(Sidecar)}
     if not isinstance(fields, dict) or not wanted.keys() <= fields.keys():
-        found = sorted(fields) if isinstance(fields, dict) else type(fields).__name__
+        found = shown(sorted(fields)) if isinstance(fields, dict) else type(fields).__name__
         raise ValueError(f"{path}: expected the keys {sorted(wanted)}, found {found}; {REMEDY}")
     sidecar = Sidecar(**{name: fields[name] for name in wanted})
-    if sidecar.dtype not in DTYPES:
-        raise ValueError(f"{path}: dtype is {sidecar.dtype!r}; expected {' or '.join(DTYPES)}")
-    for name in ("count", "documents", "vocab_size", "end_of_text_id"):
-        value = getattr(sidecar, name)
-        smallest = 0 if name == "end_of_text_id" else 1
-        if type(value) is not int or value < smallest:
-            raise ValueError(
-                f"{path}: {name} is {value!r}; expected a whole number, {smallest} or more"
-            )
-    if sidecar.end_of_text_id >= sidecar.vocab_size:
-        raise ValueError(
-            f"{path}: end_of_text_id is {sidecar.end_of_text_id}; expected one below "
-            f"vocab_size, {sidecar.vocab_size}"
-        )
+    _check_sidecar(sidecar, path)
     return sidecar
+
+
+def _check_sidecar(sidecar: Sidecar, path: Path) -> None:
+    """What it says can be true, whatever the ids are."""
+    if not isinstance(sidecar.dtype, str) or sidecar.dtype not in DTYPES:
+        raise ValueError(
+            f"{path}: dtype is {shown(sidecar.dtype)}; expected {' or '.join(DTYPES)}; {REMEDY}"
+        )
+    try:
+        check_size("vocab_size", sidecar.vocab_size, 1, np.iinfo(sidecar.dtype).max + 1)
+        check_size("end_of_text_id", sidecar.end_of_text_id, 0, sidecar.vocab_size - 1)
+        check_size("count", sidecar.count, 1)
+        check_size("documents", sidecar.documents, 1, sidecar.count)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}; {REMEDY}") from None
+    for name in ("tokenizer_hash", "sha256"):
+        value = getattr(sidecar, name)
+        if not isinstance(value, str) or not SHA256.fullmatch(value):
+            raise ValueError(
+                f"{path}: {name} is {shown(value)}; expected 64 hexadecimal digits; {REMEDY}"
+            )
 
 
 def _verify(path: Path, tokens: np.memmap[Any, Any], sidecar: Sidecar) -> None:
@@ -247,5 +264,6 @@ def _verify(path: Path, tokens: np.memmap[Any, Any], sidecar: Sidecar) -> None:
     largest = int(tokens.max())
     if largest >= sidecar.vocab_size:
         raise ValueError(
-            f"{path}: holds the id {largest}, outside its vocabulary of {sidecar.vocab_size}"
+            f"{path}: holds the id {largest}, outside its vocabulary of {sidecar.vocab_size}; "
+            f"{REMEDY}"
         )

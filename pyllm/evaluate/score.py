@@ -2,17 +2,17 @@
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from pyllm._checks import check_size, shown
 from pyllm.data import story_windows
 from pyllm.models import Transformer
+from pyllm.models.transformer import IGNORE_INDEX
 from pyllm.tokenizers import Tokenizer
-
-IGNORE = -100
 
 
 class BitsPerByte(NamedTuple):
@@ -31,19 +31,31 @@ def validation_loss(
     batches: Iterable[tuple[Tensor, Tensor]],
     autocast: AbstractContextManager[object] | None = None,
 ) -> float:
-    """Mean cross-entropy in nats per token over ``batches`` of (inputs, targets), (B, T) each."""
-    was_training = model.training
-    model.eval()
+    """Mean cross-entropy in nats per token over ``batches`` of (inputs, targets), (B, T) each.
+
+    A model whose weights are not finite gives NaN: that is its loss.
+
+    Raises:
+        ValueError: a batch is no pair of tensors or does not fit the model, no target counts.
+    """
     total, count = 0.0, 0
     device = model.embedding.weight.device
-    with autocast or nullcontext():
-        for inputs, targets in batches:
+    with _evaluating(model), autocast or nullcontext():
+        for batch in batches:
+            pair = isinstance(batch, tuple | list) and len(batch) == 2
+            if not pair or not all(isinstance(part, Tensor) for part in batch):
+                raise ValueError(
+                    f"val_loss: a batch must be a pair of tensors (inputs, targets), got "
+                    f"{shown(batch)}"
+                )
+            inputs, targets = batch
             output = model(inputs.to(device), targets.to(device), reduction="sum")
             assert output.loss is not None
             total += output.loss.item()
-            count += int((targets != IGNORE).sum())
-    model.train(was_training)
-    return total / max(count, 1)
+            count += int((targets != IGNORE_INDEX).sum())
+    if count == 0:
+        raise ValueError("val_loss: there is no target to score; give at least one batch with one")
+    return total / count
 
 
 @torch.inference_mode()
@@ -60,10 +72,15 @@ def bits_per_byte(
     back to a whole character; the end marker is not counted; total bits over total bytes.
 
     Raises:
-        ValueError: no story, or a story longer than the model's context.
+        ValueError: no story, a text that is no str, a story longer than the model's context, a
+            tokenizer of another vocabulary than the model's.
     """
-    was_training = model.training
-    model.eval()
+    check_size("val_bpb: tokens_per_batch", tokens_per_batch, 1)
+    if tokenizer.vocab_size != model.config.vocab_size:
+        raise ValueError(
+            f"val_bpb: the tokenizer has {tokenizer.vocab_size} tokens and the model "
+            f"{model.config.vocab_size}; use the tokenizer that was saved beside the model"
+        )
     device = model.embedding.weight.device
     windows = [window for window in story_windows(stories, tokenizer) if window[1] > 0]
     if not windows:
@@ -75,17 +92,27 @@ def bits_per_byte(
             f"context of {model.config.max_seq_len}; use a larger vocabulary or context"
         )
     nats = 0.0
-    with autocast or nullcontext():
+    with _evaluating(model), autocast or nullcontext():
         for inputs, targets in _padded(
             [ids for ids, _ in windows], tokenizer.end_of_text_id, tokens_per_batch
         ):
             output = model(inputs.to(device), targets.to(device), reduction="sum")
             assert output.loss is not None
             nats += output.loss.item()
-    model.train(was_training)
     n_bytes = sum(size for _, size in windows)
     n_tokens = sum(len(ids) for ids, _ in windows)
     return BitsPerByte(nats / math.log(2) / n_bytes, len(windows), n_tokens, n_bytes)
+
+
+@contextmanager
+def _evaluating(model: Transformer) -> Iterator[None]:
+    """Evaluation mode, and the old one again afterwards, whatever happens."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
 
 
 def _padded(
@@ -98,7 +125,7 @@ def _padded(
         take = max(tokens_per_batch // longest, 1)
         batch, waiting = waiting[-take:], waiting[:-take]
         inputs = torch.full((len(batch), longest), end_of_text)
-        targets = torch.full((len(batch), longest), IGNORE)
+        targets = torch.full((len(batch), longest), IGNORE_INDEX)
         for row, ids in enumerate(batch):
             inputs[row, 1 : len(ids)] = torch.tensor(ids[:-1])
             targets[row, : len(ids)] = torch.tensor(ids)

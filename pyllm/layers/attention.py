@@ -2,6 +2,7 @@
 
 from torch import Tensor, nn
 
+from pyllm.layers._checks import check_input, check_sizes
 from pyllm.layers.kv_cache import KVCache
 from pyllm.ops import attention, rope
 
@@ -17,12 +18,24 @@ class CausalSelfAttention(nn.Module):
         n_heads: H; K = D / H.
         n_kv_heads: G, a divisor of H.
         window: positions a query sees, its own included; None for all.
+
+    Raises:
+        ValueError: a size below 1, H that does not divide D, G that does not divide H.
     """
 
     def __init__(
         self, width: int, n_heads: int, n_kv_heads: int, window: int | None = None
     ) -> None:
         super().__init__()
+        check_sizes("CausalSelfAttention", width=width, n_heads=n_heads, n_kv_heads=n_kv_heads)
+        if window is not None:
+            check_sizes("CausalSelfAttention", window=window)
+        if width % n_heads or n_heads % n_kv_heads:
+            raise ValueError(
+                f"CausalSelfAttention: n_kv_heads ({n_kv_heads}) must divide n_heads ({n_heads}), "
+                f"and n_heads the width ({width})"
+            )
+        self.width = width
         self.head_dim = width // n_heads
         self.heads = [n_heads, n_kv_heads, n_kv_heads]
         self.window = window
@@ -37,6 +50,7 @@ class CausalSelfAttention(nn.Module):
         layer: int = 0,
     ) -> Tensor:
         """(B, T, D) to (B, T, D); with a cache, T new tokens see everything it holds."""
+        check_input("CausalSelfAttention", x_BTD, self.width, dims=3)
         qkv_BTJK = self.qkv_proj(x_BTD).unflatten(-1, (sum(self.heads), self.head_dim))
         if rotary is None:
             q_BTHK, k_BTGK, v_BTGK = qkv_BTJK.split(self.heads, dim=2)

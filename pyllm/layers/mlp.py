@@ -3,21 +3,30 @@
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pyllm.layers._checks import check_activation, check_input, check_sizes
+
 
 class MLP(nn.Module):
     """``w_out @ act(w_in @ x)``; ``swiglu`` (arXiv:2002.05202) or ``gelu`` (tanh form).
 
     For ``swiglu`` the first matrix holds F gate rows, then F up rows, as the experts do.
+
+    Raises:
+        ValueError: a size below 1, an unknown activation.
     """
 
     def __init__(self, width: int, hidden: int, activation: str) -> None:
         super().__init__()
+        check_sizes("MLP", width=width, hidden=hidden)
+        check_activation("MLP", activation)
+        self.width = width
         self.gated = activation == "swiglu"
         self.in_proj = nn.Linear(width, 2 * hidden if self.gated else hidden, bias=False)
         self.out_proj = nn.Linear(hidden, width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., D) to (..., D)."""
+        check_input("MLP", x, self.width)
         pre = self.in_proj(x)
         if self.gated:
             gate, up = pre.chunk(2, dim=-1)

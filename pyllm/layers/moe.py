@@ -1,10 +1,12 @@
 """The sparse mixture of experts as a layer: an fp32 router, stacked experts, a dispatcher."""
 
+from contextlib import nullcontext
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from pyllm.layers._checks import check_activation, check_input, check_sizes
 from pyllm.ops import moe_ffn, route_topk
 
 
@@ -62,6 +64,9 @@ class MoE(nn.Module):
         top_k: experts per token.
         activation: ``swiglu`` or ``gelu``.
         dispatcher: where the experts live; by default in this process.
+
+    Raises:
+        ValueError: a size below 1, more experts per token than there are, an unknown activation.
     """
 
     def __init__(
@@ -74,6 +79,10 @@ class MoE(nn.Module):
         dispatcher: Dispatcher | None = None,
     ) -> None:
         super().__init__()
+        check_sizes("MoE", width=width, hidden=hidden, n_experts=n_experts, top_k=top_k)
+        check_activation("MoE", activation)
+        if top_k > n_experts:
+            raise ValueError(f"MoE: top_k ({top_k}) must not exceed n_experts ({n_experts})")
         self.top_k = top_k
         self.activation = activation
         self.dispatcher = dispatcher or LocalDispatcher()
@@ -84,9 +93,13 @@ class MoE(nn.Module):
 
     def forward(self, x_BTD: Tensor) -> tuple[Tensor, RouterStatistics]:
         """(B, T, D) to (B, T, D) and the router's statistics."""
+        check_input("MoE", x_BTD, self.router.shape[1], dims=3)
         x_ND = x_BTD.flatten(0, 1)
         # The router works in fp32: bf16 logits make ties and flip choices (Switch, sec. 2.4).
-        with torch.autocast(x_ND.device.type, enabled=False):
+        # The meta device has no autocast to turn off.
+        device = x_ND.device.type
+        available = torch.amp.is_autocast_available(device)
+        with torch.autocast(device, enabled=False) if available else nullcontext():
             logits_NE = x_ND.float() @ self.router.float().t()
         routing = route_topk(logits_NE, self.top_k)
         y_ND = self.dispatcher(

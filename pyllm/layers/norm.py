@@ -4,6 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pyllm._checks import shown
+from pyllm.layers._checks import check_input, check_sizes
 from pyllm.ops import rms_norm
 
 
@@ -12,6 +14,7 @@ class RMSNorm(nn.Module):
 
     def __init__(self, width: int, eps: float = 1e-5) -> None:
         super().__init__()
+        _check_norm("RMSNorm", width, eps)
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(width))
 
@@ -25,15 +28,23 @@ class LayerNorm(nn.Module):
 
     def __init__(self, width: int, eps: float = 1e-5) -> None:
         super().__init__()
+        _check_norm("LayerNorm", width, eps)
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(width))
         self.bias = nn.Parameter(torch.zeros(width))
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., D) to (..., D), in the dtype of ``x``."""
+        check_input("LayerNorm", x, self.weight.shape[0])
         return F.layer_norm(
             x, (x.shape[-1],), self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps
         )
+
+
+def _check_norm(layer: str, width: int, eps: float) -> None:
+    check_sizes(layer, width=width)
+    if not isinstance(eps, int | float) or isinstance(eps, bool) or not 0 < eps < float("inf"):
+        raise ValueError(f"{layer}: eps must be a positive number, got {shown(eps)}")
 
 
 NORMS = {"rms": RMSNorm, "layer": LayerNorm}

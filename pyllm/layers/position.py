@@ -5,11 +5,17 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from pyllm._checks import shown
+from pyllm.layers._checks import check_sizes
+
 
 class RotaryTable(nn.Module):
     """Cosines and sines of ``t * theta^(-2i/K)`` (RoFormer, arXiv:2104.09864, sec. 3.2.2).
 
     Kept in float32 and out of the state dict: it follows from the configuration.
+
+    Raises:
+        ValueError: a size below 1, an odd head size, theta below 1.
     """
 
     cos: Tensor
@@ -17,6 +23,13 @@ class RotaryTable(nn.Module):
 
     def __init__(self, max_seq_len: int, head_dim: int, theta: float = 10_000.0) -> None:
         super().__init__()
+        check_sizes("RotaryTable", max_seq_len=max_seq_len, head_dim=head_dim)
+        if head_dim % 2:
+            raise ValueError(f"RotaryTable: head_dim must be even, got {head_dim}")
+        if not isinstance(theta, int | float) or not 1 <= theta < float("inf"):
+            raise ValueError(
+                f"RotaryTable: theta must be a number of at least 1, got {shown(theta)}"
+            )
         frequency_J = theta ** -(torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
         angle_TJ = torch.outer(torch.arange(max_seq_len, dtype=torch.float64), frequency_J)
         self.register_buffer("cos", angle_TJ.cos().float(), persistent=False)
@@ -32,6 +45,7 @@ class RotaryTable(nn.Module):
 
     def forward(self, start: int, length: int) -> tuple[Tensor, Tensor]:
         """Tables (length, K/2) of positions ``start`` to ``start + length``."""
+        _check_positions("RotaryTable", start, length, self.cos.shape[0])
         return self.cos[start : start + length], self.sin[start : start + length]
 
 
@@ -40,10 +54,12 @@ class LearnedPositions(nn.Module):
 
     def __init__(self, max_seq_len: int, width: int) -> None:
         super().__init__()
+        check_sizes("LearnedPositions", max_seq_len=max_seq_len, width=width)
         self.weight = nn.Parameter(torch.zeros(max_seq_len, width))
 
     def forward(self, start: int, length: int) -> Tensor:
         """(length, D)."""
+        _check_positions("LearnedPositions", start, length, self.weight.shape[0])
         return self.weight[start : start + length]
 
 
@@ -54,6 +70,7 @@ class SinusoidalPositions(nn.Module):
 
     def __init__(self, max_seq_len: int, width: int) -> None:
         super().__init__()
+        check_sizes("SinusoidalPositions", max_seq_len=max_seq_len, width=width)
         angle_TJ = torch.outer(
             torch.arange(max_seq_len, dtype=torch.float64),
             10_000.0 ** -(torch.arange(0, width, 2, dtype=torch.float64) / width),
@@ -63,4 +80,13 @@ class SinusoidalPositions(nn.Module):
 
     def forward(self, start: int, length: int) -> Tensor:
         """(length, D)."""
+        _check_positions("SinusoidalPositions", start, length, self.table.shape[0])
         return self.table[start : start + length]
+
+
+def _check_positions(layer: str, start: int, length: int, size: int) -> None:
+    # A slice past the end is shorter, and one row of it would be broadcast to all tokens.
+    if start < 0 or length < 0 or start + length > size:
+        raise ValueError(
+            f"{layer}: positions {start} to {start + length} do not lie between 0 and {size}"
+        )

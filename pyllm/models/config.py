@@ -2,13 +2,24 @@
 
 from dataclasses import dataclass, fields, replace
 from difflib import get_close_matches
-from typing import Any
+
+from pyllm._checks import check_size, shown
 
 _CHOICES = {
     "norm": ("rms", "layer"),
     "position": ("rope", "learned", "sinusoidal"),
     "activation": ("swiglu", "gelu"),
 }
+_RANGES = {
+    # Below, float32 has no room for 1 / eps ** 1.5, which a gradient holds; above, it is no norm.
+    "norm_eps": (1e-12, 1.0),
+    # Below 1, the angles overflow: 1e-300 to the power of -1.
+    "rope_theta": (1.0, 1e30),
+}
+# The kernels count in int32. No published model has over 1,000 layers (arXiv:2203.00555), and each
+# costs a millisecond to build, even without memory.
+_LARGEST = {"n_layers": 10_000}
+_LARGEST_SIZE = 2**31 - 1
 
 
 @dataclass(frozen=True)
@@ -16,7 +27,8 @@ class ModelConfig:
     """The architecture of a decoder-only transformer, dense or sparse.
 
     Raises:
-        ValueError: a size that is not positive, heads that do not divide, an unknown choice.
+        ValueError: a size that is no whole number, not positive or beyond int32, a number out of
+            its range, heads that do not divide, an unknown choice.
     """
 
     vocab_size: int = 4096
@@ -57,24 +69,33 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         for field in fields(self):
-            value = getattr(self, field.name)
-            if field.name in _CHOICES:
-                if value not in _CHOICES[field.name]:
+            name, value = field.name, getattr(self, field.name)
+            if name in _CHOICES:
+                if not isinstance(value, str) or value not in _CHOICES[name]:
                     raise ValueError(
-                        f"ModelConfig: {field.name} must be one of "
-                        f"{', '.join(_CHOICES[field.name])}, got {value!r}"
+                        f"ModelConfig: {name} must be one of {', '.join(_CHOICES[name])}, "
+                        f"got {shown(value)}"
                     )
-            elif field.type is int or field.name == "window":
-                self._check_size(field.name, value)
+            elif name in _RANGES:
+                least, most = _RANGES[name]
+                number = isinstance(value, int | float) and not isinstance(value, bool)
+                if not number or not least <= value <= most:
+                    raise ValueError(
+                        f"ModelConfig: {name} must be a number from {least:g} to {most:g}, "
+                        f"got {shown(value)}"
+                    )
+                object.__setattr__(self, name, float(value))
             elif field.type is bool:
                 if not isinstance(value, bool):
                     raise ValueError(
-                        f"ModelConfig: {field.name} must be true or false, got {value!r}"
+                        f"ModelConfig: {name} must be true or false, got {shown(value)}"
                     )
-            elif not isinstance(value, int | float) or not 0 < value < float("inf"):
-                raise ValueError(
-                    f"ModelConfig: {field.name} must be a positive number, got {value!r}"
-                )
+            elif name != "window" or value is not None:
+                least = 0 if name == "moe_every" else 1
+                most = _LARGEST.get(name, _LARGEST_SIZE)
+                # NumPy's integers become Python's, which JSON can hold.
+                size = check_size(f"ModelConfig: {name}", value, least, most)
+                object.__setattr__(self, name, size)
         if self.d_model % self.n_heads:
             raise ValueError(
                 f"ModelConfig: d_model ({self.d_model}) must be a multiple of n_heads "
@@ -95,15 +116,6 @@ class ModelConfig:
                 f"ModelConfig: top_k ({self.top_k}) must not exceed n_experts ({self.n_experts})"
             )
 
-    def _check_size(self, name: str, value: Any) -> None:
-        if name == "window" and value is None:
-            return
-        least = 0 if name == "moe_every" else 1
-        if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            raise ValueError(
-                f"ModelConfig: {name} must be a whole number of at least {least}, got {value!r}"
-            )
-
     @property
     def head_dim(self) -> int:
         """Width of one head."""
@@ -116,7 +128,7 @@ class ModelConfig:
     @property
     def n_moe_layers(self) -> int:
         """How many layers are mixtures of experts."""
-        return sum(self.is_moe(layer) for layer in range(self.n_layers))
+        return self.n_layers // self.moe_every if self.moe_every else 0
 
 
 _MOE_158M = ModelConfig(
@@ -153,10 +165,10 @@ def preset(name: str) -> ModelConfig:
     Raises:
         ValueError: unknown name; the message names the nearest known one.
     """
-    if name not in PRESETS:
-        near = get_close_matches(name, PRESETS, n=1, cutoff=0.0)
+    if not isinstance(name, str) or name not in PRESETS:
+        near = get_close_matches(str(name), PRESETS, n=1, cutoff=0.0)
         raise ValueError(
-            f"unknown preset {name!r}; did you mean {near[0]!r}? "
+            f"unknown preset {shown(name)}; did you mean {near[0]!r}? "
             f"Known presets: {', '.join(PRESETS)}"
         )
     return PRESETS[name]

@@ -2,10 +2,8 @@
 
 from typing import NamedTuple
 
-import torch
-
+from pyllm._checks import check_size
 from pyllm.models.config import ModelConfig
-from pyllm.models.transformer import Transformer
 
 
 class ParameterCount(NamedTuple):
@@ -40,18 +38,22 @@ class FlopCount(NamedTuple):
 
 
 def count_parameters(config: ModelConfig) -> ParameterCount:
-    """Count on the meta device: shapes only, no memory."""
-    with torch.device("meta"):
-        model = Transformer(config)
-    total = embedding = experts = 0
-    for name, parameter in model.named_parameters():
-        total += parameter.numel()
-        if name.startswith(("embedding", "positions", "output")):
-            embedding += parameter.numel()
-        elif name.endswith(("ffn.w_in", "ffn.w_out")):
-            experts += parameter.numel()
-    running = experts * config.top_k // config.n_experts
-    return ParameterCount(total, total - embedding - experts + running, embedding, experts)
+    """The sizes of all matrices, added up: nothing is built, however large the model."""
+    width = config.d_model
+    embedding = config.vocab_size * width * (1 if config.tie_embeddings else 2)
+    if config.position == "learned":
+        embedding += config.max_seq_len * width
+    heads = config.n_heads + 2 * config.n_kv_heads
+    attention = heads * config.head_dim * width + width * width
+    norm = width * (2 if config.norm == "layer" else 1)
+    expert = (3 if config.activation == "swiglu" else 2) * width * config.d_ff
+    sparse, dense = config.n_moe_layers, config.n_layers - config.n_moe_layers
+    shared = config.n_layers * (attention + 2 * norm) + norm
+    shared += sparse * config.n_experts * width  # the routers
+    shared += dense * expert * (config.top_k if config.moe_every else 1)
+    experts = sparse * config.n_experts * expert
+    running = sparse * config.top_k * expert
+    return ParameterCount(embedding + shared + experts, shared + running, embedding, experts)
 
 
 def count_flops(config: ModelConfig, n_tokens: int) -> FlopCount:
@@ -59,7 +61,11 @@ def count_flops(config: ModelConfig, n_tokens: int) -> FlopCount:
 
     Norms, activations, softmax and rotary positions are left out: under 2% at these widths.
     A training step takes three times as many (Kaplan et al. 2020, arXiv:2001.08361, sec. 2.1).
+
+    Raises:
+        ValueError: ``n_tokens`` is no whole number, or below 1.
     """
+    n_tokens = check_size("count_flops: n_tokens", n_tokens, 1)
     parameters = count_parameters(config)
     norms = (2 * config.n_layers + 1) * config.d_model * (2 if config.norm == "layer" else 1)
     running = parameters.experts * config.top_k // config.n_experts

@@ -6,11 +6,22 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from pyllm._checks import shown
+from pyllm._memory import check_memory
 from pyllm.layers import MLP, CausalSelfAttention, Dispatcher, KVCache, MoE, RouterStatistics
 from pyllm.layers.norm import NORMS
 from pyllm.layers.position import LearnedPositions, RotaryTable, SinusoidalPositions
 from pyllm.models.config import ModelConfig
+from pyllm.models.counting import count_parameters
 from pyllm.ops import linear_cross_entropy
+from pyllm.ops._checks import check_index_range, check_integer, check_same_device, check_shape
+
+MAX_PARAMETERS = 10**13
+"""Ten times the largest published model; beyond, a tensor's size in bytes would leave int64."""
+
+
+IGNORE_INDEX = -100
+"""The target of a position that does not count in the loss."""
 
 
 class ModelOutput(NamedTuple):
@@ -78,10 +89,14 @@ class Transformer(nn.Module):
     Attributes:
         recompute: when training, keep only each block's input and compute the rest once more in
             the backward (Chen et al. 2016, arXiv:1604.06174).
+
+    Raises:
+        ValueError: the model is larger than the machine's memory (on the CPU), or than any model.
     """
 
     def __init__(self, config: ModelConfig, dispatcher: Dispatcher | None = None) -> None:
         super().__init__()
+        _check_fits(config)
         self.config = config
         self.recompute = False
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
@@ -126,11 +141,15 @@ class Transformer(nn.Module):
         return self.embedding.weight if self.output is None else self.output.weight
 
     def new_cache(self, batch: int, max_length: int | None = None) -> KVCache:
-        """An empty kv cache for this model, by default as long as its context."""
+        """An empty kv cache for this model, by default as long as its context.
+
+        Raises:
+            ValueError: a size below 1, more than the machine's memory.
+        """
         return KVCache(
             self.config.n_layers,
             batch,
-            max_length or self.config.max_seq_len,
+            self.config.max_seq_len if max_length is None else max_length,
             self.config.n_kv_heads,
             self.config.head_dim,
             dtype=self.embedding.weight.dtype,
@@ -143,8 +162,10 @@ class Transformer(nn.Module):
         """Token ids to the last hidden states (B, T, D), after the final norm.
 
         Raises:
-            ValueError: more positions than the model's context.
+            ValueError: ids of a wrong shape, dtype or device, more positions than the model's
+                context, a cache that does not fit; on the CPU also an id out of range.
         """
+        self._check_ids("input_ids", input_ids_BT, ("B", "T"))
         start = 0 if cache is None else cache.length
         n_tokens = input_ids_BT.shape[1]
         if start + n_tokens > self.config.max_seq_len:
@@ -158,7 +179,8 @@ class Transformer(nn.Module):
         rotary = None if self.rotary is None else self.rotary(start, n_tokens)
         statistics = []
         for block in self.blocks:
-            if self.recompute and self.training and torch.is_grad_enabled():
+            # What a cache took in cannot be computed once more: it has changed since.
+            if self.recompute and self.training and torch.is_grad_enabled() and cache is None:
                 x_BTD, routed = checkpoint(block, x_BTD, rotary, use_reentrant=False)
             else:
                 x_BTD, routed = block(x_BTD, rotary, cache)
@@ -184,8 +206,14 @@ class Transformer(nn.Module):
             reduction: of the loss, ``mean``, ``sum`` or ``none`` (B, T).
 
         Raises:
-            ValueError: more positions than the context, a target out of range.
+            ValueError: ids or targets of a wrong shape, dtype or device, more positions than the
+                context, a cache that does not fit, an unknown reduction; on the CPU also an id or
+                a target out of range.
         """
+        if targets_BT is not None:
+            check_integer("Transformer", input_ids=input_ids_BT)
+            check_shape("Transformer", "input_ids", input_ids_BT, ("B", "T"))
+            self._check_ids("targets", targets_BT, tuple(input_ids_BT.shape), IGNORE_INDEX)
         x_BTD, statistics = self.hidden(input_ids_BT, cache)
         logits = loss = None
         if targets_BT is None:
@@ -195,6 +223,7 @@ class Transformer(nn.Module):
                 x_BTD.flatten(0, 1),
                 self.output_weight,
                 targets_BT.flatten(),
+                ignore_index=IGNORE_INDEX,
                 reduction=reduction,
             )
             if reduction == "none":
@@ -205,3 +234,32 @@ class Transformer(nn.Module):
             return ModelOutput(logits, loss, zero, zero, counts)
         balance, z, counts = (torch.stack(list(values)) for values in zip(*statistics, strict=True))
         return ModelOutput(logits, loss, balance.mean(), z.mean(), counts)
+
+    def _check_ids(
+        self,
+        name: str,
+        ids_BT: Tensor,
+        shape: tuple[int | str, ...],
+        ignore_index: int | None = None,
+    ) -> None:
+        check_integer("Transformer", **{name: ids_BT})
+        check_shape("Transformer", name, ids_BT, shape)
+        check_same_device("Transformer", **{name: ids_BT, "weights": self.embedding.weight})
+        check_index_range("Transformer", name, ids_BT, self.config.vocab_size, ignore_index)
+
+
+def _check_fits(config: ModelConfig) -> None:
+    """Refuse before the first tensor is made: a system out of memory kills without a word."""
+    if not isinstance(config, ModelConfig):
+        raise ValueError(f"Transformer: config must be a ModelConfig, got {shown(config)}")
+    parameters = count_parameters(config).total
+    # The table of rotary or sinusoidal positions; made in float64, it takes 24 bytes a number.
+    row = {"rope": config.head_dim // 2, "learned": 0, "sinusoidal": config.d_model}
+    table = config.max_seq_len * row[config.position]
+    what = f"a model of {parameters:,} parameters with a context of {config.max_seq_len:,} tokens"
+    if parameters + table > MAX_PARAMETERS:
+        raise ValueError(f"{what} is larger than any; expected at most {MAX_PARAMETERS:,} numbers")
+    probe = torch.empty(0)
+    if type(probe) is Tensor and probe.device.type == "cpu":  # neither meta nor fake
+        needed = probe.element_size() * parameters + 24 * table
+        check_memory(what, needed, "make it narrower, shallower, or with fewer experts or words")

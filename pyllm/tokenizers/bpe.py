@@ -12,13 +12,18 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property
+from operator import index
 from pathlib import Path
 from typing import Any
 
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
+
+from pyllm._checks import check_size, check_text, check_texts, one_line, shown
+from pyllm.tokenizers.lossless import ALPHABET, check_lossless
 
 END_OF_TEXT = "<|endoftext|>"
 PAD = "<|pad|>"
@@ -36,27 +41,44 @@ WORDS = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+
 # Longest token, in bytes: a ruler of 500 equals signs in the training text is not worth an id.
 MAX_TOKEN_BYTES = 32
 
+# The library sets this many places aside, and ends the process where there is no room for them:
+# 283 GB at 2**32. The largest vocabularies in use have about 262,000.
+MAX_VOCAB_SIZE = 2**20
+
+RETRAIN = "train one with scripts/train_tokenizer.py"
+
 
 class Tokenizer:
     """Text to token ids and back.
 
-    Wraps a `tokenizers.Tokenizer` whose added tokens hold `<|endoftext|>`; raises ValueError
-    without it. Special tokens that stand in a user's text are text, unless `allow_special=True`.
+    Wraps a `tokenizers.Tokenizer` of byte-level BPE whose special tokens hold `<|endoftext|>`;
+    raises ValueError without it, and for one that would not give every text back. Special tokens
+    that stand in a user's text are text, unless `allow_special=True`.
     """
 
     def __init__(self, backend: tokenizers.Tokenizer) -> None:
-        end_of_text_id = backend.token_to_id(END_OF_TEXT)
-        if end_of_text_id is None:
+        content = json.loads(backend.to_str())
+        special = [token["content"] for token in content["added_tokens"] if token["special"]]
+        if END_OF_TEXT not in special:
             raise ValueError(
-                f"the tokenizer has no {END_OF_TEXT} token, which marks the end of a document; "
-                "train one with scripts/train_tokenizer.py"
+                f"the tokenizer has no special token {END_OF_TEXT}, which marks the end of a "
+                f"document; {RETRAIN}"
             )
+        vocab = backend.get_vocab(with_added_tokens=True)
+        try:
+            check_lossless(content, vocab)
+        except ValueError as error:
+            raise ValueError(
+                f"the tokenizer is not one that gives every text back: {error}; {RETRAIN}"
+            ) from None
         # The library cuts added tokens out of any text it is given, so that a user who types
         # <|endoftext|> ends the document. This switch turns that off; it is not saved in
         # tokenizer.json, hence set at every start.
         backend.encode_special_tokens = True
+        # The library would fill the short texts of a batch up with pad tokens.
+        backend.no_padding()
         self._backend = backend
-        self.end_of_text_id: int = end_of_text_id
+        self.end_of_text_id: int = vocab[END_OF_TEXT]
 
     @property
     def vocab_size(self) -> int:
@@ -83,7 +105,7 @@ class Tokenizer:
 
     def token_to_id(self, token: str) -> int | None:
         """Id of a token written as in tokenizer.json, or None when there is none."""
-        id_: int | None = self._backend.token_to_id(token)
+        id_: int | None = self._backend.token_to_id(check_text(token, "the token"))
         return id_
 
     def encode(self, text: str, allow_special: bool = False) -> list[int]:
@@ -92,30 +114,40 @@ class Tokenizer:
         With `allow_special`, special tokens spelled out in `text` become their ids. Raises
         ValueError for a text that has no UTF-8 form (a lone surrogate).
         """
-        _check_text(text)
+        check_text(text)
         backend = self._special_backend if allow_special else self._backend
-        return list(backend.encode(text, add_special_tokens=False).ids)
+        with _panic_as_value_error():
+            return list(backend.encode(text, add_special_tokens=False).ids)
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of each text, on all cores; special tokens in them are text."""
-        texts = list(texts)
-        for text in texts:
-            _check_text(text)
-        encodings = self._backend.encode_batch_fast(texts, add_special_tokens=False)
+        """Token ids of each text, on all cores; special tokens in them are text.
+
+        Raises ValueError for a text that is no str or has no UTF-8 form, and for a single str.
+        """
+        texts = list(check_texts(texts))
+        with _panic_as_value_error():
+            encodings = self._backend.encode_batch_fast(texts, add_special_tokens=False)
         return [encoding.ids for encoding in encodings]
 
     def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
         """The text of token ids (a list, an array or a one-dimensional tensor).
 
         Special tokens are left out when `skip_special`, and written out otherwise. Bytes that are
-        not UTF-8, as a model may emit them, become U+FFFD. Raises ValueError for an id outside
-        the vocabulary.
+        not UTF-8, as a model may emit them, become U+FFFD. Raises ValueError for what is no whole
+        number and for an id outside the vocabulary.
         """
-        ids = [int(id_) for id_ in ids]
+        given = ids
+        try:
+            ids = [index(id_) for id_ in (ids.tolist() if hasattr(ids, "tolist") else ids)]
+        except TypeError:
+            raise ValueError(
+                f"token ids must be a list of whole numbers, got {shown(given)}"
+            ) from None
         if ids and (min(ids) < 0 or max(ids) >= self.vocab_size):
             wrong = next(id_ for id_ in ids if not 0 <= id_ < self.vocab_size)
             raise ValueError(
-                f"token id {wrong} is outside the vocabulary: expected 0 to {self.vocab_size - 1}"
+                f"token id {shown(wrong)} is outside the vocabulary: expected 0 to "
+                f"{self.vocab_size - 1}"
             )
         return str(self._backend.decode(ids, skip_special_tokens=skip_special))
 
@@ -143,19 +175,20 @@ class Tokenizer:
         """Reads a tokenizer.json, or the one in a folder.
 
         Raises ValueError, with the file's name and the remedy, where there is none, where it is
-        damaged, or where it has no end-of-text token.
+        damaged, where it has no end-of-text token, and where it would not give every text back.
         """
         file = Path(path)
         if file.is_dir():
             file = file / TOKENIZER_FILE
-        text = _read_text(file, "tokenizer", "train one with scripts/train_tokenizer.py")
+        text = _read_text(file, "tokenizer", RETRAIN)
         try:
             # The library raises a bare Exception, whatever is wrong with the file.
-            backend = tokenizers.Tokenizer.from_str(text)
+            with _panic_as_value_error():
+                backend = tokenizers.Tokenizer.from_str(text)
         except Exception as error:
             raise ValueError(
-                f"{file}: not a tokenizer.json of the tokenizers library ({error}); "
-                "train a new one with scripts/train_tokenizer.py"
+                f"{file}: not a tokenizer.json of the tokenizers library ({one_line(error)}); "
+                f"{RETRAIN}"
             ) from error
         try:
             return cls(backend)
@@ -173,29 +206,32 @@ class Tokenizer:
         Raises ValueError for a file that is missing or damaged.
         """
         remedy = "GPT-2's vocab.bpe and encoder.json are needed, in this order"
-        lines = _read_text(Path(vocab_bpe), "file of merges", remedy).splitlines()
+        merges = _read_merges(Path(vocab_bpe), remedy)
+        vocab = _read_vocab(Path(encoder_json), remedy)
+        made = {left + right for left, right in merges} | ALPHABET | {END_OF_TEXT}
+        if made != vocab.keys():
+            odd = min(made ^ vocab.keys())
+            lacking, having = (
+                (encoder_json, vocab_bpe) if odd in made else (vocab_bpe, encoder_json)
+            )
+            raise ValueError(
+                f"{lacking}: does not fit {having}, which alone has the token {shown(odd)}; "
+                f"{remedy}"
+            )
         try:
-            vocab = json.loads(_read_text(Path(encoder_json), "vocabulary", remedy))
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{encoder_json}: not JSON ({error}); {remedy}") from error
-        merges: list[tuple[str, str]] = []
-        for line in lines:
-            if line and not line.startswith("#version:"):
-                left, space, right = line.partition(" ")
-                if not space or not right or " " in right:
-                    raise ValueError(
-                        f"{vocab_bpe}: expected two tokens a line, found {line[:60]!r}; {remedy}"
-                    )
-                merges.append((left, right))
-        try:
-            model = models.BPE(vocab=vocab, merges=merges)
+            with _panic_as_value_error():
+                model = models.BPE(vocab=vocab, merges=merges)
         except Exception as error:
-            raise ValueError(f"{encoder_json}: does not fit {vocab_bpe} ({error})") from error
+            raise ValueError(
+                f"{encoder_json}: does not fit {vocab_bpe} ({one_line(error)}); {remedy}"
+            ) from error
         split = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
         backend = _byte_level(model, split)
-        if backend.token_to_id(END_OF_TEXT) is not None:
-            backend.add_special_tokens([_special(END_OF_TEXT)])
-        return cls(backend)
+        backend.add_special_tokens([_special(END_OF_TEXT)])
+        try:
+            return cls(backend)
+        except ValueError as error:
+            raise ValueError(f"{encoder_json}: {error}") from None
 
     @cached_property
     def _special_backend(self) -> tokenizers.Tokenizer:
@@ -218,14 +254,19 @@ def train_bpe(
             texts hold too few pairs that occur twice.
         special_tokens: take the ids 0, 1, ... in this order; `<|endoftext|>` comes first.
 
-    Raises ValueError for a vocabulary too small for the bytes, for special tokens without
-    `<|endoftext|>` in front, and for texts that are all empty.
+    Raises ValueError for a vocabulary too small for the bytes or above 2**20, for special tokens
+    without `<|endoftext|>` in front or such as ordinary text may hold, for texts that are no str,
+    and for texts that are all empty.
     """
     special_tokens = list(special_tokens)
-    if special_tokens[:1] != [END_OF_TEXT] or len(set(special_tokens)) < len(special_tokens):
+    for token in special_tokens:
+        check_text(token, "a special token")
+    if special_tokens[:1] != [END_OF_TEXT] or len({*special_tokens, ""}) <= len(special_tokens):
         raise ValueError(
-            f"special_tokens is {special_tokens}; expected different tokens, {END_OF_TEXT} first"
+            f"special_tokens is {shown(special_tokens)}; expected different tokens, none empty, "
+            f"{END_OF_TEXT} first"
         )
+    vocab_size = check_size("vocab_size", vocab_size, 1, MAX_VOCAB_SIZE)
     smallest = N_BYTES + len(special_tokens)
     if vocab_size < smallest:
         raise ValueError(
@@ -244,19 +285,20 @@ def train_bpe(
         min_frequency=2,
         show_progress=False,
         special_tokens=[_special(token) for token in special_tokens],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        initial_alphabet=sorted(ALPHABET),
         max_token_length=MAX_TOKEN_BYTES,
     )
+    documents = check_texts(texts)
     seen = False
 
     def checked() -> Iterable[str]:
         nonlocal seen
-        for text in texts:
-            _check_text(text)
+        for text in documents:
             seen = seen or bool(text)
             yield text
 
-    backend.train_from_iterator(checked(), trainer=trainer)
+    with _panic_as_value_error():
+        backend.train_from_iterator(checked(), trainer=trainer)
     if not seen:
         raise ValueError("there is no text to train a tokenizer on: every document is empty")
     return Tokenizer(backend)
@@ -273,16 +315,49 @@ def _special(token: str) -> AddedToken:
     return AddedToken(token, special=True, normalized=False)
 
 
-def _check_text(text: str) -> None:
-    if not isinstance(text, str):
-        raise ValueError(f"a text to encode must be a str, not {type(text).__name__}")
+@contextmanager
+def _panic_as_value_error() -> Iterator[None]:
+    # A Rust panic arrives as a BaseException, which no `except Exception` stops: a split pattern
+    # that backtracks without end, for one.
     try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
+        yield
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":
+            raise
         raise ValueError(
-            f"the text has no UTF-8 form: character {error.start} is {text[error.start]!r}, "
-            "a lone surrogate; decode the bytes it came from with errors='replace'"
-        ) from error
+            f"the tokenizers library gave up ({one_line(error)}); the tokenizer is damaged: "
+            f"{RETRAIN}"
+        ) from None
+
+
+def _read_merges(file: Path, remedy: str) -> list[tuple[str, str]]:
+    merges: list[tuple[str, str]] = []
+    for line in _read_text(file, "file of merges", remedy).split("\n"):
+        if line and not line.startswith("#version:"):
+            left, space, right = line.partition(" ")
+            if not left or not right or " " in right:
+                raise ValueError(
+                    f"{file}: expected two tokens a line, found {shown(line)}; {remedy}"
+                )
+            merges.append((left, right))
+    return merges
+
+
+def _read_vocab(file: Path, remedy: str) -> dict[str, int]:
+    text = _read_text(file, "vocabulary", remedy)
+    try:
+        vocab = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file}: not JSON ({one_line(error)}); {remedy}") from None
+    if not isinstance(vocab, dict):
+        raise ValueError(f"{file}: expected an object of ids, got {shown(vocab)}; {remedy}")
+    for token, id_ in vocab.items():
+        if type(id_) is not int or not 0 <= id_ < len(vocab):
+            raise ValueError(
+                f"{file}: the id of {shown(token)} is {shown(id_)}; expected a whole number from "
+                f"0 to {len(vocab) - 1}; {remedy}"
+            )
+    return vocab
 
 
 def _read_text(file: Path, what: str, remedy: str) -> str:

@@ -73,5 +73,15 @@ def test_download_writes_both_files(tmp_path, monkeypatch):
 def test_download_errors(tmp_path):
     with pytest.raises(ValueError, match="unknown data set 'pile'; known are tinystories"):
         download.download("pile", tmp_path)
-    with pytest.raises(ValueError, match="max_documents is 1; expected 2 or more"):
+    for name in (None, ["tinystories"]):
+        with pytest.raises(ValueError, match="unknown data set .*; known are tinystories"):
+            download.download(name, tmp_path)
+    for limit in (10.0, True, 10**20):
+        with pytest.raises(
+            ValueError, match="max_documents must be a whole number from 2 to .*, g"
+        ):
+            download.download("tinystories", tmp_path, max_documents=limit)
+    with pytest.raises(
+        ValueError, match="max_documents must be a whole number from 2 to .*, got 1"
+    ):
         download.download("tinystories", tmp_path, 1)

@@ -67,16 +67,52 @@ def test_a_file_of_exactly_one_block(tmp_path):
     assert sorted(inputs[0].tolist()) == sorted(targets[0].tolist()) == [*range(7), 999]
 
 
-def test_errors(tmp_path):
+SIZES = "must be a whole number from 1 to 268,435,456, got"
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "seq_len", "seed", "message"),
+    [
+        (1, 9, 0, "a.bin: holds 8 tokens, but one block needs 9; give more text or a smaller"),
+        (0, 4, 0, f"batch_size {SIZES} 0"),
+        (-3, 4, 0, f"batch_size {SIZES} -3"),
+        (True, 4, 0, f"batch_size {SIZES} True"),
+        (10**12, 4, 0, f"batch_size {SIZES} 1000000000000"),
+        (2**20, 2**10, 0, "1,048,576 blocks of 1,024 tokens is too large: expected at most"),
+        (1, 4.0, 0, f"seq_len {SIZES} 4.0"),
+        (1, float("nan"), 0, f"seq_len {SIZES} nan"),
+        (1, "4", 0, f"seq_len {SIZES} '4'"),
+        (1, None, 0, f"seq_len {SIZES} None"),
+        (1, 4, -1, "seed must be a whole number of at least 0, got -1"),
+        (1, 4, 0.5, "seed must be a whole number of at least 0, got 0.5"),
+    ],
+)
+def test_sizes_that_cannot_be(tmp_path, batch_size, seq_len, seed, message):
+    with pytest.raises(ValueError, match=message):
+        PackedBatches(token_file(tmp_path, 8), batch_size, seq_len, seed)
+
+
+@pytest.mark.parametrize("step", [-1, 1.0, True, None, "0"])
+def test_steps_that_cannot_be(tmp_path, step):
+    with pytest.raises(ValueError, match=f"step must be .* of at least 0, got {step!r}"):
+        PackedBatches(token_file(tmp_path, 8), 1, 4, seed=0).batch(step)
+
+
+def test_numpy_integers_and_large_steps_are_fine(tmp_path):
+    file = token_file(tmp_path, 100)
+    plain, other = PackedBatches(file, 3, 8, 1), PackedBatches(file, np.int32(3), np.uint8(8), 1)
+    assert torch.equal(plain.batch(7)[0], other.batch(np.int64(7))[0])
+    assert plain.batch(10**30)[0].shape == (3, 8)
+
+
+def test_a_file_that_was_changed(tmp_path):
     file = token_file(tmp_path, 8)
-    with pytest.raises(ValueError, match="holds 8 tokens, but one block needs 9"):
-        PackedBatches(file, 1, 9, seed=0)
-    with pytest.raises(ValueError, match="batch_size is 0; expected 1 or more"):
-        PackedBatches(file, 0, 4, seed=0)
-    with pytest.raises(ValueError, match="seed is -1"):
-        PackedBatches(file, 1, 4, seed=-1)
-    with pytest.raises(ValueError, match="step is -1"):
-        PackedBatches(file, 1, 4, seed=0).batch(-1)
+    file.tokens = np.array([0, 1, 2, 1000, 4, 5, 6, 999])
+    batches = PackedBatches(file, 2, 4, seed=0)
+    with pytest.raises(
+        ValueError, match="holds the id 1000, outside its vocabulary of 1000; .*wri"
+    ):
+        batches.batch(0)
     file.tokens = np.arange(8)
     with pytest.raises(ValueError, match="ends with token 7, not with the end-of-text 999"):
         PackedBatches(file, 1, 4, seed=0)

@@ -103,5 +103,5 @@ def test_ten_thousand_stories_take_seconds():
 def test_bad_arguments():
     with pytest.raises(ValueError, match="split is 'test'; expected one of train, valid"):
         write_stories(1, 0, "test")
-    with pytest.raises(ValueError, match="n is -1"):
+    with pytest.raises(ValueError, match="n must be a whole number of at least 0, got -1"):
         write_stories(-1, 0)

@@ -1,6 +1,8 @@
 """Token files: what is written is what is read, and every damage is named."""
 
+import hashlib
 import json
+import os
 
 import numpy as np
 import pytest
@@ -81,6 +83,35 @@ def test_write_errors(tmp_path):
         write_tokens(TEXTS, TOKENIZER, tmp_path / "a.txt")
     with pytest.raises(ValueError, match="uint16 or uint32, not int8"):
         write_tokens(TEXTS, TOKENIZER, tmp_path / "a.bin", dtype="int8")
+    for dtype in ("no such type", 5, object()):
+        with pytest.raises(ValueError, match="token files hold uint16 or uint32, not"):
+            write_tokens(TEXTS, TOKENIZER, tmp_path / "a.bin", dtype=dtype)
+    with pytest.raises(ValueError, match="must be a list or stream of str, got 'a text'; put one"):
+        write_tokens("a text", TOKENIZER, tmp_path / "a.bin")
+    with pytest.raises(ValueError, match="text 1 must be a str, not int"):
+        write_tokens(["a", 5], TOKENIZER, tmp_path / "a.bin")
+    with pytest.raises(ValueError, match="text 1500 has no UTF-8 form: character 1"):
+        write_tokens([*["a"] * 1500, "b\udcff"], TOKENIZER, tmp_path / "a.bin")
+    with pytest.raises(ValueError, match="there is no document to write"):
+        write_tokens(["", ""], TOKENIZER, tmp_path / "a.bin")
+    (tmp_path / "folder.bin").mkdir()
+    with pytest.raises(ValueError, match=r"folder\.bin: expected the name of a file that ends in"):
+        write_tokens(TEXTS, TOKENIZER, tmp_path / "folder.bin")
+    assert [path.name for path in tmp_path.iterdir()] == ["folder.bin"]
+
+
+def test_empty_documents_are_left_out(tmp_path):
+    file = write_tokens(["", "a", "", "b"], TOKENIZER, tmp_path / "a.bin")
+    assert file.tokens.tolist() == [*TOKENIZER.encode("a"), 0, *TOKENIZER.encode("b"), 0]
+    assert file.sidecar.documents == 2
+
+
+def test_a_token_file_is_replaced_only_when_the_new_one_is_whole(path):
+    before = path.read_bytes(), sidecar_path(path).read_bytes()
+    for texts in ([], ["a", None]):
+        with pytest.raises(ValueError, match="there is no document|text 1 must be a str"):
+            write_tokens(texts, TOKENIZER, path)
+    assert (path.read_bytes(), sidecar_path(path).read_bytes()) == before
 
 
 def test_open_missing_or_folder(tmp_path, path):
@@ -115,23 +146,63 @@ def test_a_changed_byte_is_found_when_asked(path):
     ("fields", "message"),
     [
         ({"dtype": "float32"}, "dtype is 'float32'; expected uint16 or uint32"),
+        ({"dtype": ["uint16"]}, r"dtype is \['uint16'\]; expected uint16 or uint32"),
         ({"dtype": "uint32"}, "ids of 4 bytes"),
-        ({"count": -1}, "count is -1; expected a whole number, 1 or more"),
-        ({"count": "3"}, "count is '3'"),
-        ({"end_of_text_id": 260}, "end_of_text_id is 260; expected one below vocab_size, 260"),
+        ({"count": -1}, "count must be a whole number of at least 1, got -1"),
+        ({"count": "3"}, "count must be .*, got '3'"),
+        ({"count": True}, "count must be .*, got True"),
+        ({"count": 3.0}, "count must be .*, got 3.0"),
+        ({"count": float("nan")}, "count must be .*, got nan"),
+        (
+            {"count": 10**30},
+            "bytes, but its sidecar promises 1,000,000,000,000,000,000,000,000,000",
+        ),
+        ({"documents": 0}, "documents must be a whole number from 1 to .*, got 0"),
+        ({"documents": 10**6}, "documents must be a whole number from 1 to .*, got 1000000"),
+        ({"vocab_size": 0}, "vocab_size must be a whole number from 1 to 65,536, got 0"),
+        ({"vocab_size": 2**16 + 1}, "vocab_size must be .* from 1 to 65,536, got 65537"),
+        ({"end_of_text_id": 260}, "end_of_text_id must be .* from 0 to 259, got 260"),
+        ({"end_of_text_id": None}, "end_of_text_id must be .*, got None"),
+        ({"sha256": 5}, "sha256 is 5; expected 64 hexadecimal digits"),
+        ({"sha256": "f" * 63 + "\n"}, "sha256 is 'f+.*; expected 64 hexadecimal digits"),
+        ({"tokenizer_hash": None}, "tokenizer_hash is None; expected 64 hexadecimal digits"),
     ],
 )
 def test_a_wrong_sidecar(path, fields, message):
     edit(path, **fields)
-    with pytest.raises(ValueError, match=message):
-        TokenFile.open(path)
+    with pytest.raises(ValueError, match=rf"{message}.*write it again from its text") as error:
+        TokenFile.open(path, verify=True)
+    assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"dtype": "uint16"}', "\udcff"])
+@pytest.mark.parametrize(
+    "text",
+    ["", "{", "[]", '{"dtype": "uint16"}', "\udcff", "[" * 100_000, "9" * 5000],
+    ids=range(7),
+)
 def test_a_damaged_sidecar(path, text):
     sidecar_path(path).write_bytes(text.encode(errors="surrogateescape"))
-    with pytest.raises(ValueError, match=r"train\.json: (not JSON|expected the keys)"):
+    with pytest.raises(ValueError, match=r"train\.json: (not JSON|expected the keys)") as error:
         TokenFile.open(path)
+    assert "\n" not in str(error.value)
+
+
+def test_an_id_outside_the_vocabulary(path):
+    """Written so, with a sidecar that fits: nothing was changed afterwards."""
+    ids = np.array([0, 7, 260, 0], dtype="<u2").tobytes()
+    path.write_bytes(ids)
+    edit(path, count=4, documents=2, sha256=hashlib.sha256(ids).hexdigest())
+    with pytest.raises(ValueError, match="holds the id 260, outside its vocabulary of 260"):
+        TokenFile.open(path, verify=True)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_files_that_may_not_be_read(path):
+    for file in (path, sidecar_path(path)):
+        file.chmod(0)
+        with pytest.raises(PermissionError, match=file.name):
+            TokenFile.open(path)
+        file.chmod(0o600)
 
 
 def test_require_tokenizer(path):

@@ -100,13 +100,63 @@ def test_the_mode_of_the_model_is_kept(tokenizer: Tokenizer) -> None:
     for training in (True, False):
         model.train(training)
         bits_per_byte(model, tokenizer, ["a story"])
-        validation_loss(model, [])
+        assert model.training is training
+        validation_loss(model, [(torch.zeros(1, 2).long(), torch.zeros(1, 2).long())])
+        assert model.training is training
+        with pytest.raises(ValueError, match="input_ids must be between 0 and 299"):
+            validation_loss(model, [(torch.full((1, 2), 300), torch.zeros(1, 2).long())])
         assert model.training is training
 
 
 def test_nothing_to_score(tokenizer: Tokenizer) -> None:
     with pytest.raises(ValueError, match="val_bpb: the validation text holds no story"):
         bits_per_byte(random_model(), tokenizer, ["", ""])
+    nothing = torch.full((1, 3), -100)
+    for batches in ([], [(nothing + 101, nothing)]):
+        with pytest.raises(ValueError, match="val_loss: there is no target to score"):
+            validation_loss(random_model(), batches)
+
+
+IDS = torch.zeros(2, 3, dtype=torch.long)
+
+
+@pytest.mark.parametrize(
+    ("batch", "message"),
+    [
+        ((IDS, IDS.t()), r"targets must have shape \(2, 3\), got \(3, 2\)"),
+        ((IDS, IDS.float()), "targets must be int32 or int64, got torch.float32"),
+        ((IDS, IDS - 1), "targets must be between 0 and 299, got values from -1 to -1"),
+        ((IDS,), "must be a pair of tensors"),
+        (IDS, "must be a pair of tensors"),
+        ([1, 2], r"must be a pair of tensors \(inputs, targets\), got \[1, 2\]"),
+    ],
+)
+def test_batches_that_do_not_fit(batch, message) -> None:
+    with pytest.raises(ValueError, match=message) as error:
+        validation_loss(random_model(), [batch])
+    assert "\n" not in str(error.value)
+
+
+def test_what_cannot_be_scored(tokenizer: Tokenizer) -> None:
+    model = random_model()
+    with pytest.raises(ValueError, match="must be a list or stream of str, got 'a story'"):
+        bits_per_byte(model, tokenizer, "a story")
+    with pytest.raises(ValueError, match="text 1 must be a str, not NoneType"):
+        bits_per_byte(model, tokenizer, ["a story", None])
+    with pytest.raises(ValueError, match="text 0 has no UTF-8 form"):
+        bits_per_byte(model, tokenizer, ["\ud800"])
+    with pytest.raises(ValueError, match="tokens_per_batch must be a whole number .*, got 0"):
+        bits_per_byte(model, tokenizer, ["a story"], tokens_per_batch=0)
+    with pytest.raises(ValueError, match="tokenizer has 260 tokens and the model 300; use the tok"):
+        bits_per_byte(model, train_bpe(["a"], 260), ["a story"])
+
+
+def test_a_broken_model_has_no_finite_score(tokenizer: Tokenizer) -> None:
+    model = random_model()
+    with torch.no_grad():
+        model.final_norm.weight.fill_(float("nan"))
+    assert math.isnan(bits_per_byte(model, tokenizer, ["a story"]).value)
+    assert math.isnan(validation_loss(model, [(IDS, IDS)]))
 
 
 def test_a_context_that_is_too_short(tokenizer: Tokenizer) -> None:

@@ -1,0 +1,94 @@
+"""Is a tokenizer one that gives every text back? The `tokenizers` library loads many that do not.
+
+A tokenizer.json may lower the case, drop spaces, cut texts off, leave bytes out, draw merges at
+random or give one id to two tokens: all of it loads, and training on it would be silently wrong.
+So only the form whose losslessness can be read off the file is let in: byte-level BPE.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from tokenizers import pre_tokenizers
+
+from pyllm._checks import shown
+
+ALPHABET = frozenset(pre_tokenizers.ByteLevel.alphabet())
+"""The 256 characters that stand for the bytes."""
+
+
+def check_lossless(content: Mapping[str, Any], vocab: Mapping[str, int]) -> None:
+    """Raises ValueError unless ``decode(encode(text)) == text`` holds for every text.
+
+    Args:
+        content: what tokenizer.json holds, as the library writes it after loading.
+        vocab: token to id, added tokens included, as the library has it.
+    """
+    model = content["model"]
+    if model.get("type") != "BPE":
+        raise ValueError(f"its model is {shown(model.get('type'))}; expected BPE")
+    _expect_nothing("normalizer", content["normalizer"])
+    _expect_nothing("truncation", content["truncation"])
+    for name in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
+        _expect_nothing(f"model.{name}", model[name])
+    _check_split(content["pre_tokenizer"])
+    for name, allowed in (("decoder", ("ByteLevel",)), ("post_processor", ("ByteLevel", None))):
+        kind = (content[name] or {}).get("type")
+        if kind not in allowed:
+            raise ValueError(f"its {name} is {shown(kind)}; expected ByteLevel")
+    _check_ids(vocab)
+    missing = ALPHABET - model["vocab"].keys()
+    if missing:
+        raise ValueError(f"{len(missing)} of the 256 bytes have no token, one is {min(missing)!r}")
+    _check_added(content["added_tokens"], model)
+
+
+def _expect_nothing(name: str, value: object) -> None:
+    if value:
+        raise ValueError(f"its {name} is {shown(value)}, with which texts are lost; expected null")
+
+
+def _check_split(split: Any) -> None:
+    """Any cuts that remove nothing, then the step that turns bytes into characters."""
+    parts = split["pretokenizers"] if split and split["type"] == "Sequence" else [split or {}]
+    *cuts, last = parts or [{}]
+    if last.get("type") != "ByteLevel" or last["add_prefix_space"]:
+        raise ValueError(
+            f"its pre_tokenizer ends with {shown(last)}; expected ByteLevel without "
+            "add_prefix_space"
+        )
+    for cut in cuts:
+        kept = cut["type"] == "Split" and cut["behavior"] != "Removed"
+        if not kept and cut["type"] != "Digits":
+            raise ValueError(f"its pre_tokenizer may drop text: {shown(cut)}; expected only Split")
+
+
+def _check_ids(vocab: Mapping[str, int]) -> None:
+    """Every id from 0 to V - 1 has one token: a model has V rows, and no more."""
+    given = sorted(vocab.values())
+    for expected, found in enumerate(given):
+        if found > expected:
+            raise ValueError(
+                f"its {len(given)} tokens leave the id {expected} out; expected 0 to "
+                f"{len(given) - 1}, each once"
+            )
+        if found < expected:
+            raise ValueError(f"two of its tokens share the id {found}; expected one id each")
+
+
+def _check_added(added: list[dict[str, Any]], model: Mapping[str, Any]) -> None:
+    """Added tokens take no space with them, and no special one can be met in ordinary text."""
+    if model["ignore_merges"]:
+        reached = ALPHABET | model["vocab"].keys()
+    else:
+        reached = ALPHABET | {left + right for left, right in model["merges"]}
+    for token in added:
+        name = shown(token["content"])
+        if token["lstrip"] or token["rstrip"]:
+            raise ValueError(f"its added token {name} swallows spaces (lstrip, rstrip)")
+        # The decoder takes é for the byte 0xE9; among ASCII, a character is its own byte.
+        if not token["content"].isascii() and ALPHABET.issuperset(token["content"]):
+            raise ValueError(f"its added token {name} would be decoded as other bytes")
+        if token["special"] and token["content"] in reached:
+            raise ValueError(f"its special token {name} is also what ordinary text is encoded as")
