@@ -10,6 +10,7 @@ from pyllm._lazy import lazy_names
 if TYPE_CHECKING:
     from pyllm.models.config import PRESETS, ModelConfig, preset
     from pyllm.models.counting import FlopCount, ParameterCount, count_flops, count_parameters
+    from pyllm.models.device import choose_device, named_dtype
     from pyllm.models.folder import load_model, save_model
     from pyllm.models.transformer import Block, ModelOutput, Transformer
 
@@ -21,6 +22,8 @@ _HOMES = {
     "ParameterCount": "counting",
     "count_flops": "counting",
     "count_parameters": "counting",
+    "choose_device": "device",
+    "named_dtype": "device",
     "load_model": "folder",
     "save_model": "folder",
     "Block": "transformer",
@@ -36,9 +39,11 @@ __all__ = [
     "ModelOutput",
     "ParameterCount",
     "Transformer",
+    "choose_device",
     "count_flops",
     "count_parameters",
     "load_model",
+    "named_dtype",
     "preset",
     "save_model",
 ]

@@ -1,19 +1,23 @@
 """Saving and loading a model folder: weights, configuration, tokenizer. No pickle is ever read."""
 
-import contextlib
 import json
-import os
-import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from torch import Tensor
 
 from pyllm.models.config import ModelConfig
+from pyllm.models.durable import (
+    check_manifest,
+    open_tensors,
+    read_json,
+    readable_folder,
+    save_tensors,
+    write_folder,
+)
 from pyllm.models.transformer import Transformer
 from pyllm.tokenizers import Tokenizer
 
@@ -28,56 +32,9 @@ CHAT_TEMPLATE = (
 )
 """ChatML with generation marks: the loss mask of fine-tuning follows from the template."""
 
-
-def write_folder(folder: Path, fill: Callable[[Path], None]) -> None:
-    """Write a folder so that a kill at any moment leaves either the old one or the new one whole.
-
-    ``fill`` writes into a temporary folder beside it; every file is synced; then the two are
-    exchanged by renaming. :func:`settle_folder` finishes an exchange that was cut short.
-    """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = folder.with_name(folder.name + ".tmp")
-    previous = folder.with_name(folder.name + ".old")
-    settle_folder(folder)
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
-    try:
-        fill(temporary)
-        for path in [*temporary.rglob("*"), temporary]:
-            _sync(path)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    shutil.rmtree(previous, ignore_errors=True)
-    if folder.exists():
-        folder.rename(previous)
-    temporary.rename(folder)
-    _sync(folder.parent)
-    shutil.rmtree(previous, ignore_errors=True)
-
-
-def settle_folder(folder: Path) -> None:
-    """If a kill fell between the two renames of :func:`write_folder`, bring the old folder back."""
-    previous = folder.with_name(folder.name + ".old")
-    if not folder.exists() and previous.exists():
-        previous.rename(folder)
-
-
-def readable_folder(folder: Path) -> Path:
-    """The folder itself, or the old one if a kill (or the trainer, right now) is between the two
-    renames of :func:`write_folder`. A reader renames nothing: the writer may be at work."""
-    previous = folder.with_name(folder.name + ".old")
-    return previous if not folder.exists() and previous.exists() else folder
-
-
-def _sync(path: Path) -> None:
-    # Some systems cannot open a folder for syncing; the rename is still ordered after the files.
-    with contextlib.suppress(PermissionError, IsADirectoryError):
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+LARGEST_TABLES = 2**28
+"""Numbers in the tables of positions, which no weight speaks for: 1 GiB, a context of 4 million
+tokens with heads of 64."""
 
 
 def write_model(folder: Path, model: Transformer, tokenizer: Tokenizer) -> None:
@@ -85,7 +42,7 @@ def write_model(folder: Path, model: Transformer, tokenizer: Tokenizer) -> None:
     weights = {
         name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()
     }
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    save_tensors(weights, folder / "model.safetensors", metadata={"format": "pt"})
     special = {
         "eos_token_id": tokenizer.end_of_text_id,
         "bos_token_id": tokenizer.end_of_text_id,
@@ -129,7 +86,8 @@ def load_config(folder: str | Path) -> ModelConfig:
         ValueError: no such folder, not a pyllm model, unknown or impossible settings.
     """
     path = Path(folder) / "config.json"
-    settings = _read_json(path)
+    check_manifest(path.parent, [path.name])
+    settings = read_json(path)
     if settings.get("model_type") != "pyllm":
         raise ValueError(
             f"{path}: expected a model of type 'pyllm', got {settings.get('model_type')!r}"
@@ -151,6 +109,9 @@ def load_model(
 ) -> tuple[Transformer, Tokenizer]:
     """Load a model folder; the model is in evaluation mode.
 
+    Every file it reads is compared with the folder's manifest; a folder without one, such as
+    another program writes, is taken as it is.
+
     Args:
         folder: what :func:`save_model` wrote, or a checkpoint of a run.
         device: where to put it.
@@ -161,16 +122,49 @@ def load_model(
     """
     folder = readable_folder(Path(folder))
     config = load_config(folder)
+    weights = folder / "model.safetensors"
+    check_manifest(folder, [weights.name, "tokenizer.json"])
     tokenizer = Tokenizer.load(folder)
-    expected_hash = _read_json(folder / "config.json").get("tokenizer_hash")
+    expected_hash = read_json(folder / "config.json").get("tokenizer_hash")
     if tokenizer.hash != expected_hash:
         raise ValueError(
             f"{folder}: tokenizer.json is not the tokenizer this model was trained with; "
             "restore the file that was saved beside the weights"
         )
+    if tokenizer.vocab_size > config.vocab_size:
+        raise ValueError(
+            f"{folder}: tokenizer.json has {tokenizer.vocab_size:,} ids, but the model's "
+            f"vocab_size is {config.vocab_size:,}; restore the files that were saved together"
+        )
+    _check_sizes(config, weights)
     model = Transformer(config)
-    load_weights(model, folder / "model.safetensors")
+    load_weights(model, weights)
     return model.to(device=device, dtype=dtype).eval(), tokenizer
+
+
+def _check_sizes(config: ModelConfig, weights: Path) -> None:
+    """Refuse a configuration that is not of these weights before memory is taken for it."""
+    with open_tensors(weights) as file:
+        blocks = {name.split(".")[1] for name in file.keys() if name.startswith("blocks.")}  # noqa: SIM118
+        if len(blocks) != config.n_layers:
+            raise ValueError(
+                f"{weights}: holds {len(blocks)} blocks, but n_layers in config.json is "
+                f"{config.n_layers}"
+            )
+        try:
+            with torch.device("meta"):
+                model = Transformer(config)
+        except (ValueError, RuntimeError, OverflowError, TypeError) as error:
+            raise ValueError(
+                f"{weights.with_name('config.json')}: {str(error).splitlines()[0]}"
+            ) from None
+        _check_tensors(file, model.state_dict(), weights)
+    tables = sum(buffer.numel() for buffer in model.buffers())
+    if tables > LARGEST_TABLES:
+        raise ValueError(
+            f"{weights.with_name('config.json')}: max_seq_len {config.max_seq_len:,} would need "
+            f"tables of {tables:,} positions' numbers; expected at most {LARGEST_TABLES:,}"
+        )
 
 
 def load_weights(model: Transformer, path: Path) -> None:
@@ -180,44 +174,26 @@ def load_weights(model: Transformer, path: Path) -> None:
         ValueError: the file is missing or damaged, a tensor is missing, surplus or misshapen.
     """
     state = model.state_dict()
-    try:
-        with _open_tensors(path) as file:
-            names = set(file.keys())
-            if names != state.keys():
-                raise ValueError(
-                    f"{path}: missing tensors {sorted(state.keys() - names)[:3]}, "
-                    f"unknown tensors {sorted(names - state.keys())[:3]}"
-                )
-            for name, target in state.items():
-                tensor = file.get_tensor(name)
-                if tensor.shape != target.shape:
-                    raise ValueError(
-                        f"{path}: {name} must have shape {tuple(target.shape)}, "
-                        f"got {tuple(tensor.shape)}"
-                    )
-                target.copy_(tensor)
-    except SafetensorError as error:
-        raise ValueError(f"{path}: damaged or not a safetensors file ({error})") from None
+    with open_tensors(path) as file:
+        _check_tensors(file, state, path)
+        for name, target in state.items():
+            tensor = file.get_tensor(name)
+            if not tensor.is_floating_point():
+                raise ValueError(f"{path}: {name} must hold floats, got {tensor.dtype}")
+            target.copy_(tensor)
 
 
-@contextlib.contextmanager
-def _open_tensors(path: Path) -> Iterator[Any]:
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file; a model folder holds model.safetensors")
-    with safe_open(path, framework="pt") as file:
-        yield file
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file; expected a model folder, such as runs/<name>/best")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not a JSON file ({error})") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: expected a JSON object, got {type(content).__name__}")
-    return content
+def _check_tensors(file: Any, state: Mapping[str, Tensor], path: Path) -> None:
+    names = set(file.keys())
+    if names != state.keys():
+        raise ValueError(
+            f"{path}: missing tensors {sorted(state.keys() - names)[:3]}, "
+            f"unknown tensors {sorted(names - state.keys())[:3]}"
+        )
+    for name, target in state.items():
+        shape = tuple(file.get_slice(name).get_shape())
+        if shape != target.shape:
+            raise ValueError(f"{path}: {name} must have shape {tuple(target.shape)}, got {shape}")
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

@@ -1,11 +1,25 @@
 """The settings of a training run, one frozen dataclass per concern. Needs no torch."""
 
 from dataclasses import dataclass, field, fields
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 from tyro.conf import arg
 
+from pyllm._checks import check_size, check_text, is_finite, shown
 from pyllm.models.config import ModelConfig
+
+MOST = 2**31 - 1
+"""Of anything that is counted here: more is a slip of the keyboard, and overflows further down."""
+_LIMITS = {"seed": 2**32 - 1, "threads": 1024}  # NumPy's seeds; more threads than any machine
+_AT_LEAST_ONE = (
+    "max_steps",
+    "batch_size",
+    "accumulation",
+    "seq_len",
+    "eval_every",
+    "eval_tokens",
+    "save_every",
+)
 
 
 @dataclass(frozen=True)
@@ -65,21 +79,33 @@ class TrainConfig:
     """Steps between sample stories; 0 for none."""
 
     def __post_init__(self) -> None:
-        least = {"max_steps": 1, "batch_size": 1, "accumulation": 1, "seq_len": 1}
-        least |= {"eval_every": 1, "eval_tokens": 1, "save_every": 1}
         for item in fields(self):
-            value = getattr(self, item.name)
-            if isinstance(value, bool) or not isinstance(value, int | float):
-                continue
-            minimum = least.get(item.name, 0)
-            if not value >= minimum or value == float("inf"):
-                raise ValueError(f"train.{item.name} must be at least {minimum}, got {value}")
+            name, value = f"train.{item.name}", getattr(self, item.name)
+            if item.type is int:
+                least = int(item.name in _AT_LEAST_ONE)
+                check_size(name, value, least, _LIMITS.get(item.name, MOST))
+            elif item.type is float:
+                if not is_finite(value) or value < 0:
+                    raise ValueError(
+                        f"{name} must be a finite number of at least 0, got {shown(value)}"
+                    )
+            elif item.type is bool:
+                if not isinstance(value, bool):
+                    raise ValueError(f"{name} must be true or false, got {shown(value)}")
+            elif value not in get_args(item.type):
+                choices = ", ".join(get_args(item.type))
+                raise ValueError(f"{name} must be one of {choices}, got {shown(value)}")
         if self.learning_rate == 0:
             raise ValueError("train.learning_rate must be positive, got 0.0")
         if not self.beta1 < 1 or not self.beta2 < 1 or not self.min_lr_ratio <= 1:
             raise ValueError(
                 f"train.beta1 and beta2 must be below 1 and min_lr_ratio at most 1, got "
                 f"{self.beta1}, {self.beta2} and {self.min_lr_ratio}"
+            )
+        if self.batch_size * self.seq_len > MOST:
+            raise ValueError(
+                f"train.batch_size x train.seq_len must be at most {MOST:,} tokens, got "
+                f"{self.batch_size} x {self.seq_len}"
             )
 
     @property
@@ -90,7 +116,11 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """What to train on."""
+    """What to train on.
+
+    Raises:
+        ValueError: settings that do not go together, or are of another type.
+    """
 
     data: str = ""
     """Text to train on: .txt (stories end with a line <|endoftext|>), .jsonl, .parquet, or a
@@ -104,10 +134,21 @@ class DataConfig:
     text_column: str = "text"
     """The column of .jsonl, .parquet and hub data that holds the text."""
 
+    def __post_init__(self) -> None:
+        for name in ("data", "valid", "tokenizer", "text_column"):
+            check_text(getattr(self, name), name)
+        check_size("n_stories", self.n_stories, 1, MOST)
+        if self.valid and not self.data:
+            raise ValueError("valid is given without data; give the training text too")
+
 
 @dataclass(frozen=True)
 class RunConfig:
-    """A whole run: the model, the data, the training."""
+    """A whole run: the model, the data, the training.
+
+    Raises:
+        ValueError: the sequences are longer than the model's context.
+    """
 
     preset: str = "moe-tiny"
     """Which model; its settings are the defaults of --model and --train."""
@@ -121,6 +162,13 @@ class RunConfig:
     """The text; its flags carry no prefix: --data FILE --valid FILE."""
     train: TrainConfig = field(default_factory=TrainConfig)
     """The training."""
+
+    def __post_init__(self) -> None:
+        if self.train.seq_len > self.model.max_seq_len:
+            raise ValueError(
+                f"train.seq_len ({self.train.seq_len}) exceeds the model's context: lower it, or "
+                f"raise model.max_seq_len (now {self.model.max_seq_len})"
+            )
 
 
 TRAIN_PRESETS: dict[str, TrainConfig] = {

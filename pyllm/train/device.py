@@ -1,37 +1,19 @@
-"""What suits this machine: device, precision, and how fast its matrix products are."""
+"""What suits this machine: precision, threads, and how fast its matrix products are."""
 
 import time
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
+from pyllm.models import choose_device as choose_device
+from pyllm.models import named_dtype
 from pyllm.train.config import TrainConfig
-
-
-def choose_device(wanted: str) -> torch.device:
-    """``auto``: cuda, then mps, then cpu.
-
-    Raises:
-        ValueError: the device is not available here.
-    """
-    available = {
-        "cuda": torch.cuda.is_available(),
-        "mps": torch.backends.mps.is_available(),
-        "cpu": True,
-    }
-    if wanted == "auto":
-        return torch.device(next(name for name, here in available.items() if here))
-    if not available[wanted]:
-        here = ", ".join(name for name, is_here in available.items() if is_here)
-        raise ValueError(f"train.device {wanted} is not available on this machine; here: {here}")
-    return torch.device(wanted)
 
 
 def choose_dtype(wanted: str, device: torch.device) -> torch.dtype:
     """``auto``: bfloat16 where the hardware has it, float16 on older GPUs, else float32."""
     if wanted != "auto":
-        dtype: torch.dtype = getattr(torch, wanted)
-        return dtype
+        return named_dtype(wanted)
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(False) else torch.float16
     if device.type == "cpu" and _cpu_has_bfloat16():

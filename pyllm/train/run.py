@@ -1,34 +1,39 @@
 """A whole run: from text to a trained model in a folder, and what to tell the user at the end."""
 
 import json
+import math
 import time
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 
-from pyllm.data import (
-    TokenFile,
-    read_texts,
-    sidecar_path,
-    split_documents,
-    story_windows,
-    write_stories,
-    write_tokens,
-)
+from pyllm._cli import require_writable
 from pyllm.evaluate import BitsPerByte, bits_per_byte
-from pyllm.models import ModelConfig, Transformer, count_parameters, load_model, preset
-from pyllm.tokenizers import Tokenizer, train_bpe
-from pyllm.train.config import TRAIN_PRESETS, DataConfig, RunConfig, TrainConfig
+from pyllm.models import Transformer, count_parameters, load_model
+from pyllm.models.durable import write_file
+from pyllm.train.config import RunConfig
 from pyllm.train.device import apply_threads, autocast, choose_device, choose_dtype
+from pyllm.train.interrupt import Terminated, terminable
 from pyllm.train.log import RunLog, draw
-from pyllm.train.trainer import Trainer, seed_everything
+from pyllm.train.prepare import fit_model, fits_val_bpb, prepare_text, prepare_tokens
+from pyllm.train.run_folder import (
+    checkpoint_to_resume,
+    default_folder,
+    explained_errors,
+    forget_lost_best,
+    print_summary,
+    read_run_config,
+    refuse_other_flags,
+    refuse_run_folder,
+    seal_run,
+    write_run_config,
+)
+from pyllm.train.trainer import Trainer, TrainingError, seed_everything
 
-VALID_STORIES = 500
-VALID_SHARE = 0.02
 STORY_TOKENS = 300
 
 
@@ -46,14 +51,17 @@ class RunResult:
     """Characters of the longest passage the story shares with a training text; 0 if under 63."""
     seconds: float
     """Spent in the training loop, all parts of a resumed run together."""
+    skipped_steps: int
+    """Steps that were left out because their gradient was not finite."""
 
 
 def run_training(config: RunConfig, console: Console | None = None) -> RunResult:
     """Prepare the text, train, evaluate, tell a story; everything is kept in the run folder.
 
     Raises:
-        ValueError: settings or data that cannot work, with the remedy.
-        OSError: the run folder cannot be written.
+        ValueError: settings, data or files that cannot work, with the remedy.
+        OSError: the disk is full or the run folder cannot be written; says what is safe.
+        KeyboardInterrupt: after a summary; SystemExit (143) for SIGTERM.
     """
     console = console or Console()
     if config.resume:
@@ -62,15 +70,24 @@ def run_training(config: RunConfig, console: Console | None = None) -> RunResult
         config = read_run_config(folder)
     else:
         folder = Path(config.out or default_folder(config.preset))
-        if (folder / "config.json").exists():
-            raise ValueError(
-                f"{folder} already holds a run; give another --out, or --resume {folder}"
-            )
+        refuse_run_folder(folder)
+    require_writable(folder)
+    with explained_errors(folder):
+        try:
+            with terminable():
+                return _train_and_score(config, folder, console)
+        except (KeyboardInterrupt, Terminated):
+            print_summary(folder, console)
+            raise
+
+
+def _train_and_score(config: RunConfig, folder: Path, console: Console) -> RunResult:
     apply_threads(config.train)
     device = choose_device(config.train.device)
     dtype = choose_dtype(config.train.dtype, device)
     seed_everything(config.train.seed)
     started = time.perf_counter()
+    checkpoint = checkpoint_to_resume(folder, console) if config.resume else None
     text = prepare_text(config, folder)
     if not config.resume:
         config = fit_model(config, text.tokenizer, console)
@@ -80,7 +97,8 @@ def run_training(config: RunConfig, console: Console | None = None) -> RunResult
         config = replace(config, train=replace(config.train, threads=threads, **chosen))
         folder.mkdir(parents=True, exist_ok=True)
         write_run_config(folder, config)
-    train_file, valid_file = prepare_tokens(text, folder)
+    train_file, valid_file = prepare_tokens(text, folder, resume=bool(config.resume))
+    seal_run(folder)
     parameters = count_parameters(config.model)
     console.print(
         f"[bold]{config.preset}[/]: {parameters.total / 1e6:.1f}M parameters, "
@@ -94,10 +112,12 @@ def run_training(config: RunConfig, console: Console | None = None) -> RunResult
     trainer = Trainer(
         model, text.tokenizer, train_file, valid_file, config.train, folder, device, dtype
     )
-    if (folder / "last").exists() or (folder / "last.old").exists():
-        trainer.resume()
+    if checkpoint:
+        trainer.resume(checkpoint)
+        forget_lost_best(folder, trainer.progress, console)
         console.print(f"resuming {folder} at step {trainer.progress.step}")
-    with RunLog(folder, config.train.max_steps, trainer.progress.step, console) as log:
+    start = trainer.progress
+    with RunLog(folder, config.train.max_steps, start.step, console, start.logs) as log:
         try:
             progress = trainer.train(log)
         except torch.OutOfMemoryError as error:
@@ -105,12 +125,12 @@ def run_training(config: RunConfig, console: Console | None = None) -> RunResult
                 f"out of memory on {device.type} ({str(error).splitlines()[0]}); halve "
                 "--train.batch-size and double --train.accumulation, or give --train.recompute"
             ) from None
-        except KeyboardInterrupt:
-            log.flush()
-            draw(folder)
-            console.print(f"stopped at step {trainer.progress.step}; go on with --resume {folder}")
-            raise
     draw(folder)
+    if not math.isfinite(progress.best_val_loss):
+        raise TrainingError(
+            f"no validation loss was finite, so there is no best model; {folder / 'last'} holds "
+            "the last one; start a run with --train.dtype float32, or with another --valid text"
+        )
     best, _ = load_model(folder / "best", device)
     trainer.model = best
     bpb = None
@@ -124,123 +144,10 @@ def run_training(config: RunConfig, console: Console | None = None) -> RunResult
         story=story,
         shared_passage=longest_shared_passage(story, text.train()),
         seconds=progress.trained_seconds,
+        skipped_steps=progress.skipped_steps,
     )
     report(result, console)
     return result
-
-
-@dataclass(frozen=True)
-class Text:
-    """The documents of a run and their tokenizer. ``train`` and ``valid`` start anew each call."""
-
-    data: DataConfig
-    seed: int
-    tokenizer: Tokenizer
-
-    def train(self) -> Iterable[str]:
-        """Training documents."""
-        return documents(self.data, self.seed, "train")
-
-    def valid(self) -> Iterable[str]:
-        """Validation documents."""
-        return documents(self.data, self.seed, "valid")
-
-
-def documents(data: DataConfig, seed: int, split: str) -> Iterable[str]:
-    """The documents of one split: embedded stories, a file of its own, or a share held out."""
-    if not data.data:
-        n = data.n_stories if split == "train" else VALID_STORIES
-        return write_stories(n, seed, split)
-    if data.valid:
-        return read_texts(
-            data.data if split == "train" else data.valid, None, True, data.text_column
-        )
-    parts = split_documents(read_texts(data.data, None, True, data.text_column), VALID_SHARE, seed)
-    return parts[0] if split == "train" else parts[1]
-
-
-def prepare_text(config: RunConfig, folder: Path) -> Text:
-    """Find or train the tokenizer; a resumed run reads the one it began with, if it got so far.
-
-    Raises:
-        ValueError: data that is not there, before any time is spent on the rest.
-    """
-    if config.data.valid:
-        if not config.data.data:
-            raise ValueError("--valid is given without --data: give the training text too")
-        documents(config.data, config.train.seed, "valid")  # refuses a file that is not there
-    saved = folder / "tokens" / "tokenizer.json"
-    if config.resume and saved.exists():
-        tokenizer = Tokenizer.load(saved)
-    elif config.data.tokenizer:
-        tokenizer = Tokenizer.load(config.data.tokenizer)
-    else:
-        texts = documents(config.data, config.train.seed, "train")
-        tokenizer = train_bpe(texts, config.model.vocab_size)
-    return Text(config.data, config.train.seed, tokenizer)
-
-
-def prepare_tokens(text: Text, folder: Path) -> tuple[TokenFile, TokenFile]:
-    """Token files of both splits, written into the run folder unless they are there already."""
-    place = folder / "tokens"
-    place.mkdir(parents=True, exist_ok=True)
-    text.tokenizer.save(place / "tokenizer.json")
-    files = []
-    for split, texts in (("train", text.train), ("valid", text.valid)):
-        path = place / f"{split}.bin"
-        if path.exists() and sidecar_path(path).exists():
-            file = TokenFile.open(path)
-            file.require_tokenizer(text.tokenizer)
-        else:
-            file = write_tokens(texts(), text.tokenizer, path)
-        files.append(file)
-    return files[0], files[1]
-
-
-def fit_model(config: RunConfig, tokenizer: Tokenizer, console: Console) -> RunConfig:
-    """Give the model the tokenizer's vocabulary, and say so; refuse a context that is too short."""
-    model = config.model
-    if config.train.seq_len > model.max_seq_len:
-        raise ValueError(
-            f"train.seq_len ({config.train.seq_len}) exceeds the model's context: raise "
-            f"--model.max-seq-len (now {model.max_seq_len})"
-        )
-    if tokenizer.vocab_size != model.vocab_size:
-        console.print(
-            f"vocabulary: {model.vocab_size:,} in the preset, {tokenizer.vocab_size:,} in the "
-            "tokenizer; the model takes the tokenizer's"
-        )
-        config = replace(config, model=replace(model, vocab_size=tokenizer.vocab_size))
-    return config
-
-
-def refuse_other_flags(config: RunConfig) -> None:
-    """A resumed run keeps its settings; flags beside ``--resume`` would be ignored.
-
-    Raises:
-        ValueError: there are some.
-    """
-    fresh = RunConfig(
-        preset=config.preset,
-        model=preset(config.preset),
-        train=TRAIN_PRESETS[config.preset],
-        resume=config.resume,
-    )
-    if config != fresh or config.preset != RunConfig.preset:
-        raise ValueError(
-            "--resume goes on with the settings in the run's config.json; leave the other flags out"
-        )
-
-
-def fits_val_bpb(model: ModelConfig, text: Text, console: Console) -> bool:
-    """Is the context long enough to score 1,024 bytes at once? Said now, not after training."""
-    longest = max(len(ids) for ids, _ in story_windows(text.valid(), text.tokenizer))
-    if longest > model.max_seq_len:
-        console.print(
-            f"val_bpb will be left out: 1,024 bytes of the validation text are up to {longest} "
-            f"tokens, and the context is {model.max_seq_len} (--model.max-seq-len)"
-        )
-    return longest <= model.max_seq_len
 
 
 def longest_shared_passage(story: str, texts: Iterable[str], block: int = 32) -> int:
@@ -279,11 +186,12 @@ def report(result: RunResult, console: Console) -> None:
         "val_bytes": bpb and bpb.bytes,
         "val_stories": bpb and bpb.stories,
         "train_seconds": result.seconds,
+        "skipped_steps": result.skipped_steps,
         "story": result.story,
         "story_characters": len(result.story),
         "story_shared_passage": result.shared_passage,
     }
-    (result.folder / "result.json").write_text(json.dumps(content, indent=2) + "\n")
+    write_file(result.folder / "result.json", json.dumps(content, indent=2) + "\n")
     say = console.print
     say(f"\n{result.story}\n", markup=False, highlight=False)
     shared = f"{result.shared_passage}" if result.shared_passage else "under 63"
@@ -293,42 +201,8 @@ def report(result: RunResult, console: Console) -> None:
     )
     if bpb:
         say(f"val_bpb {bpb.value:.4f} bits per byte ({bpb.stories} stories, {bpb.bytes:,} bytes)")
-    say(
-        f"val_loss {result.val_loss:.4f} nats per token; trained in {result.seconds:.0f} s",
-    )
+    say(f"val_loss {result.val_loss:.4f} nats per token; trained in {result.seconds:.0f} s")
+    if result.skipped_steps:
+        say(f"{result.skipped_steps} steps were skipped: their gradient was not finite")
     say(f"run folder: {result.folder}", soft_wrap=True)
     say(f"tell more:  python scripts/generate.py --model {result.folder}", soft_wrap=True)
-
-
-def default_folder(preset: str) -> str:
-    """``runs/<preset>-<date>-<time>``."""
-    return f"runs/{preset}-{time.strftime('%Y%m%d-%H%M%S')}"
-
-
-def write_run_config(folder: Path, config: RunConfig) -> None:
-    """Save the resolved settings as ``config.json``."""
-    path = folder / "config.json"
-    path.write_text(json.dumps(asdict(config), indent=2) + "\n", encoding="utf-8")
-
-
-def read_run_config(folder: Path) -> RunConfig:
-    """Read the settings of a run, to resume it.
-
-    Raises:
-        ValueError: not a run folder, or unknown settings.
-    """
-    path = folder / "config.json"
-    if not path.is_file():
-        raise ValueError(f"{folder}: not a run folder (no config.json); nothing to resume")
-    try:
-        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        return RunConfig(
-            preset=content["preset"],
-            out=str(folder),
-            resume=str(folder),
-            model=ModelConfig(**content["model"]),
-            data=DataConfig(**content["data"]),
-            train=TrainConfig(**content["train"]),
-        )
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
-        raise ValueError(f"{path}: not the settings of a run ({error!r})") from None

@@ -5,7 +5,7 @@ import random
 import time
 import warnings
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from pyllm.tokenizers import Tokenizer
 from pyllm.train.checkpoint import Progress, load_checkpoint, save_checkpoint
 from pyllm.train.config import TrainConfig
 from pyllm.train.device import autocast, matmul_peak
-from pyllm.train.interrupt import held_interrupt
+from pyllm.train.interrupt import held_signals
 from pyllm.train.log import RunLog
 from pyllm.train.optimizer import learning_rate, make_optimizers
 
@@ -82,25 +82,33 @@ class Trainer:
         self.optimizers = make_optimizers(self.model, config, self.dtype)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         self.progress = Progress()
-        self._bad_in_a_row = 0
+        self.settings = {
+            "tokenizer": self.tokenizer.hash,
+            "training tokens": self.train_file.sidecar.sha256,
+            "validation tokens": self.valid_file.sidecar.sha256,
+        }
+        for name, part in (("model", self.model.config), ("train", config)):
+            self.settings |= {f"{name}.{key}": value for key, value in asdict(part).items()}
         self._mark = time.perf_counter()
 
-    def resume(self) -> None:
-        """Go on from the run folder's last checkpoint.
+    def resume(self, name: str = "last") -> None:
+        """Go on from the run folder's checkpoint ``last`` or ``best``.
 
         Raises:
-            ValueError: there is none, or it is damaged.
+            ValueError: there is none, it is damaged, or it is of another run.
         """
         self.progress = load_checkpoint(
-            self.folder / "last", self.model, self.optimizers, self.scaler
+            self.folder / name, self.model, self.optimizers, self.scaler, self.settings
         )
 
     def train(self, log: RunLog) -> Progress:
         """Train up to ``max_steps``; afterwards ``last`` and ``best`` hold checkpoints.
 
         Raises:
-            TrainingError: the gradient was not finite for several steps in a row.
-            KeyboardInterrupt: after the step in hand and saving ``last``.
+            TrainingError: the gradient was not finite for several steps in a row; the weights
+                in ``last`` are those before them.
+            KeyboardInterrupt: after the step in hand and saving ``last``; SystemExit for SIGTERM.
+            OSError: the disk is full; ``last`` and ``best`` are as they were.
         """
         config, progress = self.config, self.progress
         flops = 3 * config.batch_size * config.accumulation
@@ -108,7 +116,7 @@ class Trainer:
         peak = matmul_peak(self.device, self.dtype)
         self.model.train()
         self._mark = time.perf_counter()
-        with held_interrupt() as interrupted:
+        with held_signals() as interrupted:
             while progress.step < config.max_steps:
                 started = time.perf_counter()
                 metrics = self.step(progress.step)
@@ -125,11 +133,11 @@ class Trainer:
                 if metrics.get("val_loss", math.inf) < progress.best_val_loss:
                     progress.best_val_loss = metrics["val_loss"]
                     self.save("best", log)
-                stop = interrupted()
+                stop = interrupted() or self._hopeless(metrics["grad_norm"])
                 if progress.step % config.save_every == 0 or last or stop:
                     self.save("last", log)
                 if stop:
-                    raise KeyboardInterrupt
+                    raise stop
         return progress
 
     def step(self, step: int) -> dict[str, Any]:
@@ -167,28 +175,28 @@ class Trainer:
         limit = self.config.grad_clip or math.inf
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit).item()
         if math.isfinite(norm):
-            self._bad_in_a_row = 0
+            self.progress.bad_in_a_row = 0
             for optimizer in self.optimizers:
                 self.scaler.step(optimizer)
         else:
-            self._count_bad_step(norm)
+            self.progress.skipped_steps += 1
+            # Loss scaling finds its scale by overflowing: those steps are expected.
+            if not self.scaler.is_enabled() or self.scaler.get_scale() <= 1:
+                self.progress.bad_in_a_row += 1
         self.scaler.update()
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
         return norm
 
-    def _count_bad_step(self, norm: float) -> None:
-        self.progress.skipped_steps += 1
-        # Loss scaling finds its scale by overflowing: those steps are expected.
-        if self.scaler.is_enabled() and self.scaler.get_scale() > 1:
-            return
-        self._bad_in_a_row += 1
-        if self._bad_in_a_row >= MAX_BAD_STEPS_IN_A_ROW:
-            raise TrainingError(
-                f"the gradient was not finite ({norm}) for {self._bad_in_a_row} steps in a row, "
-                f"at step {self.progress.step}; lower --train.learning-rate or use "
-                "--train.dtype float32"
-            )
+    def _hopeless(self, norm: float) -> TrainingError | None:
+        progress = self.progress
+        if progress.bad_in_a_row < MAX_BAD_STEPS_IN_A_ROW:
+            return None
+        return TrainingError(
+            f"the gradient was not finite ({norm}) for {progress.bad_in_a_row} steps in a row, up "
+            f"to step {progress.step}; {self.folder / 'last'} holds the weights before them; start "
+            "a run with a lower --train.learning-rate, or with --train.dtype float32"
+        )
 
     def _expert_load(self, load_LE: Tensor) -> dict[str, Any]:
         share_LE = load_LE / load_LE.sum(-1, keepdim=True)
@@ -217,10 +225,7 @@ class Trainer:
 
     def sample(self, log: RunLog) -> None:
         """A short story, to the terminal and to ``samples.txt``."""
-        story = self.tell(max_new_tokens=60)
-        with (self.folder / "samples.txt").open("a", encoding="utf-8") as file:
-            file.write(f"--- step {self.progress.step}\n{story}\n")
-        log.say(f"step {self.progress.step}: {' '.join(story.split())} ...")
+        log.sample(self.progress.step, self.tell(max_new_tokens=60))
 
     def tell(self, max_new_tokens: int, seed: int = 0) -> str:
         """Generate a story from an empty context."""
@@ -234,7 +239,7 @@ class Trainer:
 
     def save(self, name: str, log: RunLog) -> None:
         """Write the checkpoint ``last`` or ``best``."""
-        log.flush()
+        self.progress.logs = log.marks()
         self._count_time()
         save_checkpoint(
             self.folder / name,
@@ -243,6 +248,7 @@ class Trainer:
             self.optimizers,
             self.scaler,
             self.progress,
+            self.settings,
         )
         self._count_time()
 

@@ -10,7 +10,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from pyllm.models import ModelConfig, Transformer, load_model, save_model
-from pyllm.models.folder import load_config, settle_folder, write_folder
+from pyllm.models.durable import (
+    MANIFEST,
+    check_manifest,
+    settle_folder,
+    write_folder,
+    write_manifest,
+)
+from pyllm.models.folder import load_config
 from pyllm.tokenizers import Tokenizer, train_bpe
 
 
@@ -40,8 +47,10 @@ def saved(tmp_path_factory) -> tuple[Path, Transformer, Tokenizer]:
 
 @pytest.fixture
 def folder(saved, tmp_path) -> Path:
-    """A copy to damage."""
-    return Path(shutil.copytree(saved[0], tmp_path / "model"))
+    """A copy to damage, without a manifest, as another program writes it."""
+    copy = Path(shutil.copytree(saved[0], tmp_path / "model"))
+    (copy / MANIFEST).unlink()
+    return copy
 
 
 def test_what_was_saved_comes_back_bitwise(saved):
@@ -58,6 +67,7 @@ def test_what_was_saved_comes_back_bitwise(saved):
         "tokenizer.json",
         "tokenizer_config.json",
         "generation_config.json",
+        MANIFEST,
     }
     assert [path.name for path in folder.parent.iterdir()] == ["model"]
 
@@ -152,6 +162,97 @@ def test_another_tokenizer_is_a_value_error(folder):
         load_model(folder)
 
 
+def test_a_vocabulary_larger_than_the_embedding_is_a_value_error(folder):
+    change_tensors(
+        folder,
+        lambda tensors: tensors.update({"embedding.weight": tensors["embedding.weight"][:270]}),
+    )
+    change_config(folder, vocab_size=270)
+    with pytest.raises(ValueError, match="tokenizer.json has 2.. ids, but the model's vocab_size"):
+        load_model(folder)
+
+
+def test_whole_numbers_as_weights_are_a_value_error(folder):
+    change_tensors(
+        folder,
+        lambda tensors: tensors.update(
+            {"final_norm.weight": torch.ones_like(tensors["final_norm.weight"]).int()}
+        ),
+    )
+    with pytest.raises(ValueError, match="final_norm.weight must hold floats, got torch.int32"):
+        load_model(folder)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"n_layers": 9999}, "holds 2 blocks, but n_layers in config.json is 9999"),
+        ({"max_seq_len": 2**30}, r"max_seq_len 1,073,741,824 would need tables"),
+        ({"vocab_size": 10**9}, r"embedding.weight must have shape \(1000000000, 16\)"),
+        ({"d_model": 2**30}, "config.json: .*larger than any|must have shape"),
+    ],
+)
+def test_sizes_the_weights_do_not_have_take_no_memory(folder, settings, message):
+    """Refused before anything of that size is made: this would take gigabytes, or for ever."""
+    change_config(folder, **settings)
+    with pytest.raises(ValueError, match=message):
+        load_model(folder)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json"])
+def test_a_changed_file_is_a_value_error_with_the_remedy(saved, tmp_path, name):
+    """One bit of a weight: safetensors itself would not notice."""
+    copy = Path(shutil.copytree(saved[0], tmp_path / "model"))
+    content = bytearray((copy / name).read_bytes())
+    content[-100] ^= 1
+    (copy / name).write_bytes(content)
+    with pytest.raises(
+        ValueError, match=f"{name}: not the file .*; restore it, or, if you .*delete"
+    ):
+        load_model(copy)
+    (copy / name).unlink()
+    with pytest.raises(ValueError, match=f"{name}: not the file that was saved here .no such file"):
+        load_model(copy)
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"sha256": []}', "\x00\xff"])
+def test_a_damaged_manifest_is_a_value_error(saved, tmp_path, content):
+    copy = Path(shutil.copytree(saved[0], tmp_path / "model"))
+    (copy / MANIFEST).write_text(content, encoding="latin-1")
+    with pytest.raises(ValueError, match=MANIFEST):
+        load_model(copy)
+
+
+def test_a_file_of_another_folder_is_a_value_error(saved, tmp_path):
+    _, model, tokenizer = saved
+    torch.manual_seed(1)
+    save_model(tmp_path / "other", Transformer(model.config), tokenizer)
+    copy = Path(shutil.copytree(saved[0], tmp_path / "model"))
+    shutil.copy(tmp_path / "other" / "model.safetensors", copy)
+    with pytest.raises(ValueError, match="model.safetensors: not the file that was saved here"):
+        load_model(copy)
+
+
+def test_files_that_are_not_read_may_change(saved, tmp_path):
+    """Sampling settings and the chat template are the user's."""
+    copy = Path(shutil.copytree(saved[0], tmp_path / "model"))
+    (copy / "generation_config.json").write_text("{}")
+    (copy / "tokenizer_config.json").unlink()
+    load_model(copy)
+
+
+def test_a_reader_is_not_misled_by_a_writer_that_comes_between(saved, tmp_path, monkeypatch):
+    """The trainer exchanges `best` while it is read: the old manifest, the new weights."""
+    old = Path(shutil.copytree(saved[0], tmp_path / "model"))
+    (old / "model.safetensors").write_bytes(b"new")
+    stale = json.loads((saved[0] / MANIFEST).read_text())["sha256"]
+    write_manifest(old, list(stale))
+    fresh = json.loads((old / MANIFEST).read_text())["sha256"]
+    read = iter([stale, fresh, fresh])
+    monkeypatch.setattr("pyllm.models.durable.read_manifest", lambda folder: next(read))
+    check_manifest(old, ["model.safetensors"])
+
+
 class Kill(BaseException):
     """Nothing but the operating system goes on after this."""
 
@@ -194,7 +295,7 @@ def test_a_kill_between_the_renames_leaves_a_whole_folder(tmp_path, monkeypatch,
             with pytest.raises(Kill):
                 write_folder(target, fill_with("new"))
         else:  # both are made; the kill falls before the old folder is cleared away
-            patch.setattr("pyllm.models.folder._sync", lambda path: None)
+            patch.setattr("pyllm.models.durable._sync", lambda path: None)
             removals = iter([None, None])
 
             def dying_rmtree(path, ignore_errors=False):

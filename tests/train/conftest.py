@@ -14,6 +14,7 @@ from pyllm.data import TokenFile, write_stories, write_tokens
 from pyllm.models import ModelConfig, Transformer
 from pyllm.tokenizers import Tokenizer, train_bpe
 from pyllm.train import TrainConfig, Trainer
+from pyllm.train.checkpoint import load_checkpoint, save_checkpoint
 from pyllm.train.trainer import seed_everything
 
 TINY = ModelConfig(
@@ -88,3 +89,33 @@ def make_trainer(text: Text, tmp_path: Path) -> Callable[..., Trainer]:
         )
 
     return make
+
+
+@pytest.fixture(scope="session")
+def save() -> Callable[[Trainer, Path], None]:
+    """Write a trainer's checkpoint into a folder."""
+
+    def save(trainer: Trainer, folder: Path) -> None:
+        save_checkpoint(
+            folder,
+            trainer.model,
+            trainer.tokenizer,
+            trainer.optimizers,
+            trainer.scaler,
+            trainer.progress,
+            trainer.settings,
+        )
+
+    return save
+
+
+@pytest.fixture(scope="session")
+def load() -> Callable[[Trainer, Path], None]:
+    """Read a checkpoint into a trainer."""
+
+    def load(trainer: Trainer, folder: Path) -> None:
+        trainer.progress = load_checkpoint(
+            folder, trainer.model, trainer.optimizers, trainer.scaler, trainer.settings
+        )
+
+    return load

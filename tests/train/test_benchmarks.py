@@ -100,7 +100,7 @@ def test_gpu_benchmark_without_a_card(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert start("gpu.py") == (2, [])
-    assert "train.device cuda is not available on this machine" in capsys.readouterr().err
+    assert "device 'cuda' is not available on this machine; here: cpu" in capsys.readouterr().err
 
 
 def test_balance_benchmark(
@@ -108,7 +108,7 @@ def test_balance_benchmark(
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
 ) -> None:
-    monkeypatch.setattr(train_run, "VALID_STORIES", 2)
+    monkeypatch.setattr("pyllm.train.prepare.VALID_STORIES", 2)
     monkeypatch.setattr(train_run, "STORY_TOKENS", 5)
     steps = ["--steps", 2, "--every", 1, "--n-stories", 60, "--threads", 1]
     code, [file] = start("balance.py", *steps)
@@ -130,7 +130,7 @@ def test_stories_benchmark(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(train_run, "VALID_STORIES", 2)
+    monkeypatch.setattr("pyllm.train.prepare.VALID_STORIES", 2)
     monkeypatch.setattr(train_run, "STORY_TOKENS", 5)
     few = DataConfig(n_stories=60)
     monkeypatch.setattr("pyllm.train.DataConfig", lambda: few)

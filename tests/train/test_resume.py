@@ -5,24 +5,21 @@ chosen point; all of them run side by side.
 """
 
 import json
-import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from rich.console import Console
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from pyllm.data import write_stories
-from pyllm.train import RunConfig, TrainConfig, Trainer, run_training
-from pyllm.train.checkpoint import load_checkpoint, save_checkpoint
-from pyllm.train.log import keep_rows, read_metrics
-from pyllm.train.run import read_run_config
+from pyllm.train import RunConfig, TrainConfig, run_training
+from pyllm.train.log import GrowingFile, read_metrics
+from pyllm.train.run_folder import read_run_config
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "scripts" / "train_moe.py"
@@ -70,15 +67,15 @@ elif where == "before_the_sidecar_is_there":
 elif where == "between_checkpoints":
     at_call(Trainer, "step", 9, die)
 elif where == "in_the_middle_of_a_checkpoint":
-    save_file = checkpoint.save_file
+    save_tensors = checkpoint.save_tensors
 
     def half_a_file(tensors, path):
-        save_file(tensors, path)
+        save_tensors(tensors, path)
         if "last.tmp" in str(path) and Path(path).parents[2].joinpath("last").exists():
             os.truncate(path, os.path.getsize(path) // 2)
             die()
 
-    checkpoint.save_file = half_a_file
+    checkpoint.save_tensors = half_a_file
 elif where == "between_two_renames":
     rename = Path.rename
 
@@ -227,76 +224,19 @@ def test_resumed_at_the_default_precision_and_threads(runs: Path, tmp_path: Path
     assert_same_run(tmp_path / "dead", tmp_path / "whole")
 
 
-def test_rows_after_the_checkpoint_are_cut_off(tmp_path: Path) -> None:
+def test_what_was_written_after_the_checkpoint_is_cut_off(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
-    rows = [json.dumps({"step": step}) + "\n" for step in (1, 2, 3, 4)]
-    path.write_text("".join(rows) + '{"step": 5, "trai')
-    keep_rows(path, 10)
-    assert [row["step"] for row in read_metrics(tmp_path)] == [1, 2, 3, 4]
-    keep_rows(path, 2)
+    file = GrowingFile(path)
+    file.write(b'{"step": 1}\n{"step": 2}\n')
+    mark = file.mark()
+    file.write(b'{"step": 3}\n{"step": 4, "trai')
+    assert [row["step"] for row in read_metrics(tmp_path)] == [1, 2, 3], "half a row is none"
+    again = GrowingFile(path, mark)
     assert [row["step"] for row in read_metrics(tmp_path)] == [1, 2]
-    keep_rows(tmp_path / "absent.jsonl", 2)
-
-
-def test_a_full_disk_leaves_the_last_checkpoint(
-    make_trainer: Callable[..., Trainer], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    trainer = make_trainer()
-    save(trainer, tmp_path / "last")
-    trainer.step(0)
-
-    def full(*args: Any) -> None:
-        raise OSError(28, "No space left on device")
-
-    with monkeypatch.context() as patch:
-        patch.setattr("pyllm.train.checkpoint.save_file", full)
-        with pytest.raises(OSError, match="No space left"):
-            save(trainer, tmp_path / "last")
-    assert os.listdir(tmp_path) == ["last"]
-    fresh = make_trainer()
-    load(fresh, tmp_path / "last")
-
-
-def save(trainer: Trainer, folder: Path) -> None:
-    save_checkpoint(
-        folder,
-        trainer.model,
-        trainer.tokenizer,
-        trainer.optimizers,
-        trainer.scaler,
-        trainer.progress,
-    )
-
-
-def load(trainer: Trainer, folder: Path) -> None:
-    load_checkpoint(folder, trainer.model, trainer.optimizers, trainer.scaler)
-
-
-@pytest.mark.parametrize(
-    ("harm", "message"),
-    [
-        (lambda state: (state / "state.json").unlink(), "no checkpoint to resume from"),
-        (lambda state: (state / "state.json").write_text("{"), "damaged checkpoint, state.json"),
-        (lambda state: (state / "state.json").write_text("{}"), "damaged checkpoint"),
-        (lambda state: (state / "optimizer.safetensors").unlink(), "damaged checkpoint"),
-        (lambda state: os.truncate(state / "optimizer.safetensors", 100), "damaged checkpoint"),
-        (lambda state: save_file({}, state / "optimizer.safetensors"), "damaged checkpoint"),
-        (lambda state: (state.parent / "model.safetensors").unlink(), "no such file"),
-        (lambda state: os.truncate(state.parent / "model.safetensors", 100), "damaged"),
-    ],
-)
-def test_a_damaged_checkpoint_is_refused(
-    make_trainer: Callable[..., Trainer],
-    tmp_path: Path,
-    harm: Callable[[Path], object],
-    message: str,
-) -> None:
-    trainer = make_trainer()
-    trainer.step(0)
-    save(trainer, tmp_path / "last")
-    harm(tmp_path / "last" / "train_state")
-    with pytest.raises(ValueError, match=message):
-        load(make_trainer(), tmp_path / "last")
+    again.write(b'{"step": 3}\n')
+    assert GrowingFile(path, again.mark()).mark() == again.mark()
+    GrowingFile(path)
+    assert path.read_bytes() == b"", "a run that has no checkpoint begins with no rows"
 
 
 def test_settings_of_a_run_that_cannot_be_read(tmp_path: Path) -> None:
