@@ -10,7 +10,8 @@ import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from pyllm._cli import run
+from pyllm._checks import check_size
+from pyllm._cli import require_writable, run
 
 
 @dataclass
@@ -30,6 +31,11 @@ class Config:
     results: Path = Path(__file__).resolve().parent / "results"
     """Folder of the JSON file and the picture."""
 
+    def __post_init__(self) -> None:
+        for name in ("steps", "every", "n_stories"):
+            check_size(name, getattr(self, name), 1, 2**31 - 1)
+        check_size("threads", self.threads, 0, 1024)
+
 
 def main(config: Config) -> None:
     """Train twice, compare."""
@@ -42,8 +48,7 @@ def main(config: Config) -> None:
     from pyllm.train.run import default_folder
     from pyllm.viz import plot_curves
 
-    if config.every < 1:
-        raise ValueError(f"--every must be at least 1, got {config.every}")
+    require_writable(config.results)
     train = replace(
         TRAIN_PRESETS["moe-tiny"],
         max_steps=config.steps,

@@ -16,7 +16,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from pyllm._cli import run
+from pyllm._checks import check_size, is_finite, shown
+from pyllm._cli import require_writable, run
 
 if TYPE_CHECKING:
     import torch
@@ -58,21 +59,24 @@ class Config:
     out: str = ""
     """Folder for token files and so on; empty: runs/gpu-<date>-<time>."""
 
+    def __post_init__(self) -> None:
+        if not is_finite(self.minutes) or self.minutes < 0:
+            raise ValueError(f"minutes must be at least 0, got {shown(self.minutes)}")
+        if not is_finite(self.memory_gib) or self.memory_gib <= 0:
+            raise ValueError(f"memory_gib must be above 0, got {shown(self.memory_gib)}")
+        check_size("batch_size", self.batch_size, 1, 2**31 - 1)
+
 
 def main(config: Config) -> None:
     """Measure part by part."""
     sys.path.insert(0, str(HERE))
     from _record import Record
 
-    from pyllm.train.device import choose_device
+    from pyllm.models import choose_device
     from pyllm.train.run import default_folder
 
-    if not config.minutes >= 0 or not config.memory_gib > 0 or config.batch_size < 1:
-        raise ValueError(
-            f"--minutes must not be negative, --memory-gib and --batch-size must be positive, got "
-            f"{config.minutes}, {config.memory_gib} and {config.batch_size}"
-        )
     device = choose_device(config.device)
+    require_writable(config.results)
     folder = Path(config.out or default_folder("gpu"))
     facts = describe(device, config)
     card = re.sub(r"[^a-z0-9]+", "-", facts["name"].lower()).strip("-")

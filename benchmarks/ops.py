@@ -8,24 +8,26 @@ Percentages are of the ceiling measured in the same run: a copy for bytes, a mat
 operations. Writes ``benchmarks/results/ops-<cpu|card>-<date>.json``.
 """
 
-import argparse
 import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # `python -m` and the tests import it too
 
-from _machine import card, describe, write_results
+from _machine import RESULTS, card, describe, write_results
 from _peers import PEERS
 from rich.console import Console
 from rich.table import Table
 
+from pyllm._checks import check_size, is_finite, shown
+from pyllm._cli import require_writable, run
+from pyllm.models import choose_device
 from pyllm.ops._registry import face_module
 from pyllm.testing import OPERATIONS, OpCase
 from pyllm.testing.check import expectations, run_backward, run_forward
@@ -191,37 +193,35 @@ def show(console: Console, title: str, rows: list[dict[str, Any]], top: dict[str
     console.print(table)
 
 
-def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--op", nargs="+", choices=list(OPERATIONS), default=list(OPERATIONS), help="which to time"
-    )
-    parser.add_argument(
-        "--dtype", nargs="+", choices=list(DTYPES), default=["fp32", "bf16"], help="of the inputs"
-    )
-    parser.add_argument("--threads", type=int, default=None, help="CPU threads; default torch's")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default=None, help="default: the card")
-    parser.add_argument(
-        "--seconds", type=float, default=0.5, help="of calls for each face and stage"
-    )
-    parser.add_argument(
-        "--cold", action="store_true", help="flush the caches between calls (warm by default)"
-    )
-    options = parser.parse_args(arguments)
-    if options.threads is not None and options.threads < 1:
-        parser.error(f"--threads must be at least 1, got {options.threads}")
-    if options.seconds <= 0:
-        parser.error(f"--seconds must be above 0, got {options.seconds}")
-    if options.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: this machine has no CUDA device; leave the flag out")
-    return options
+@dataclass(frozen=True)
+class Config:
+    """Time the faces of the operations beside each other, at the sizes they declare."""
+
+    op: tuple[Literal[tuple(OPERATIONS)], ...] = tuple(OPERATIONS)
+    """Which to time."""
+    dtype: tuple[Literal["fp32", "bf16", "fp16"], ...] = ("fp32", "bf16")
+    """Of the inputs."""
+    threads: int = 0
+    """CPU threads; 0 for PyTorch's choice."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to run; auto: the card, if there is one."""
+    seconds: float = 0.5
+    """Of calls for each face and stage."""
+    cold: bool = False
+    """Flush the caches between calls."""
+
+    def __post_init__(self) -> None:
+        check_size("threads", self.threads, 0, 1024)
+        if not self.op or not self.dtype:
+            raise ValueError("op and dtype need at least one value each")
+        if not is_finite(self.seconds) or self.seconds <= 0:
+            raise ValueError(f"seconds must be above 0, got {shown(self.seconds)}")
 
 
-def main(arguments: list[str] | None = None) -> None:
+def main(options: Config) -> None:
     """Time, print, write."""
-    options = parse(arguments)
-    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = choose_device(options.device).type
+    require_writable(RESULTS)
     if options.threads:
         torch.set_num_threads(options.threads)
     console = Console()
@@ -262,4 +262,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main, Config)

@@ -7,8 +7,11 @@ fails where README and results differ.
 """
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from pyllm import _cli
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -142,6 +145,16 @@ def replaced(text: str) -> str:
     return before + render() + after
 
 
-if __name__ == "__main__":
+@dataclass
+class Config:
+    """Write the figures of README.md anew from the newest results."""
+
+
+def main(config: Config) -> None:
+    """Replace the block."""
     readme = ROOT / "README.md"
     readme.write_text(replaced(readme.read_text(encoding="utf-8")), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    _cli.run(main, Config)

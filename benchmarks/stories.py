@@ -12,7 +12,8 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from pyllm._cli import run
+from pyllm._checks import check_size
+from pyllm._cli import require_writable, run
 
 
 @dataclass
@@ -31,6 +32,9 @@ class Config:
     """Folder of the runs; empty: runs/stories-<date>-<time>."""
     results: Path = Path(__file__).resolve().parent / "results"
     """Folder of the JSON file and the picture."""
+
+    def __post_init__(self) -> None:
+        check_size("max_steps (0 for the preset's)", self.max_steps, 0, 2**31 - 1)
 
 
 def main(config: Config) -> None:
@@ -52,7 +56,10 @@ def main(config: Config) -> None:
         train = replace(train, max_steps=config.max_steps)
     texts = {"embedded stories": DataConfig()}
     folder = Path(config.tinystories)
+    require_writable(config.results)
     if (folder / "train.txt").is_file():
+        if not (folder / "valid.txt").is_file():
+            raise ValueError(f"{folder / 'valid.txt'}: no such file; put it beside train.txt")
         texts["TinyStories"] = DataConfig(
             data=str(folder / "train.txt"), valid=str(folder / "valid.txt")
         )

@@ -2,52 +2,133 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
+import re
 import sys
+import tempfile
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NoReturn
 
-# How long an OpenMP thread spins before it sleeps. GNU's default of 300,000 rounds is right for an
-# idle machine; with one busy neighbour on 2 cores a training step became 9 times slower with it, 3
-# times with 20,000 and twice with 5,000, which cost 7% on the idle machine. This value lies between
-# and was not timed itself. The runtime reads it when torch loads it, so it is set first.
-SPIN_COUNT = "10000"
+# Set before torch loads the libraries that read them.
+ENVIRONMENT = {
+    # How long an OpenMP thread spins before it sleeps. GNU's default of 300,000 rounds is right for
+    # an idle machine; with one busy neighbour on 2 cores a training step became 9 times slower with
+    # it, 3 times with 20,000 and twice with 5,000, which cost 7% on the idle machine. This value
+    # lies between and was not timed itself.
+    "GOMP_SPINCOUNT": "10000",
+    # float32 and float64 products then have the same bits on any number of threads (Intel's
+    # conditional numerical reproducibility).
+    "MKL_CBWR": "AUTO,STRICT",
+}
 
 USER_ERROR = 2
 INTERRUPTED = 130  # 128 + SIGINT, as a shell has it
+
+# What an allocation that failed is called in a RuntimeError of torch; on a GPU it has a type, which
+# cannot be named here without importing torch.
+_OUT_OF_MEMORY = re.compile(r"can't allocate memory|not enough memory|out of memory", re.IGNORECASE)
 
 
 def run(
     main: Callable[[Any], object],
     config_type: type[Any],
-    defaults: Callable[[], Any] | None = None,
+    defaults: Callable[[list[str]], Any] | None = None,
 ) -> NoReturn:
-    """Parses the command line into `config_type`, calls `main` with it, and exits.
+    """Reads the command line into `config_type`, calls `main` with it, and exits.
 
-    The flags start from what `defaults` gives, or from the defaults of `config_type`.
+    What the command line leaves out comes from what `defaults` makes of it (the arguments after
+    the script's name), or from the defaults of `config_type`.
 
-    What a user can cause (ValueError, and OSError with its kinds: files, permissions, network) is
-    printed as one line on stderr, with exit code 2; Ctrl-C exits with 130. Anything else is a
-    bug of ours and keeps its traceback. tyro answers an unknown flag itself, with code 2.
+    Exit codes: 0, or the number that `main` returns; 2 for what a user can cause (ValueError;
+    OSError with its kinds: files, permissions, network; too little memory), after one line on
+    stderr; 130 for Ctrl-C. Anything else is a bug of ours and keeps its traceback.
     """
-    import tyro
-
-    os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)
+    os.environ.update({**ENVIRONMENT, **os.environ})
+    for stream in (sys.stdout, sys.stderr):
+        # A terminal that cannot show a character of a story shows a question mark.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     try:
-        if defaults is None:
-            config = tyro.cli(config_type)
-        else:
-            config = tyro.cli(config_type, default=defaults())
-        main(config)
+        try:
+            code = main(_read(config_type, defaults))
+        except SystemExit as stop:  # tyro's after --help, rich's when the reader has gone
+            code = 0 if isinstance(stop.__context__, BrokenPipeError) else stop.code
+        _flush()
     except BrokenPipeError:
         # The reader has had enough (`| head`): nothing is wrong, and nobody is left to tell.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(0)
+        _leave(0)
     except (ValueError, OSError) as error:
-        message = " ".join(str(error).split()) or type(error).__name__
-        print(f"error: {message}", file=sys.stderr)
-        sys.exit(USER_ERROR)
+        _say(f"error: {_one_line(error)}")
+        _leave(USER_ERROR)
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not _OUT_OF_MEMORY.search(str(error)):
+            raise
+        _say(f"error: memory does not suffice ({_one_line(error)}); choose smaller sizes")
+        _leave(USER_ERROR)
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(INTERRUPTED)
-    sys.exit(0)
+        _say("interrupted")
+        _leave(INTERRUPTED)
+    _leave(code if isinstance(code, int) else 0)
+
+
+def require_writable(folder: Path) -> None:
+    """Find out now, and not when the work is done, that nothing can be written into `folder`.
+
+    Raises:
+        ValueError: it cannot be made, or takes no file.
+    """
+    made = [place for place in (folder, *folder.parents) if not os.path.exists(place)]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ValueError(
+            f"cannot write into {folder} ({error.strerror}); name a folder that can be written"
+        ) from None
+    finally:
+        for place in made:
+            with contextlib.suppress(OSError):  # it was not made after all
+                place.rmdir()
+
+
+def _read(config_type: type[Any], defaults: Callable[[list[str]], Any] | None) -> Any:
+    from pyllm._flags import read_flags
+
+    arguments = sys.argv[1:]
+    chosen = {"default": defaults(arguments)} if defaults else {}
+    return read_flags(config_type, arguments, **chosen)
+
+
+def _one_line(error: Exception) -> str:
+    """The message without line breaks, and with nothing that a terminal would obey."""
+    line = " ".join(str(error).split()) or type(error).__name__
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr)
+
+
+def _flush() -> None:
+    if sys.stdout is not None:
+        sys.stdout.flush()
+
+
+def _stdout_is_broken() -> bool:
+    try:
+        _flush()
+    except OSError:
+        return True
+    return False
+
+
+def _leave(code: Any) -> NoReturn:
+    # What stdout could not take (a pipe without a reader, a full disk) is still in its buffer, and
+    # Python would try, fail and complain once more while it shuts down.
+    if _stdout_is_broken():
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit(code)

@@ -8,10 +8,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from pyllm._cli import run
+from pyllm._checks import check_size
+from pyllm._cli import require_writable, run
 
 if TYPE_CHECKING:
     from pyllm.models import Transformer
+
+MOST = 2**31 - 1
+"""Of anything counted here: more is a slip of the keyboard, and overflows further down."""
 
 
 @dataclass
@@ -37,21 +41,30 @@ class Config:
     out: Path | None = None
     """Write everything to this JSON file as well."""
 
+    def __post_init__(self) -> None:
+        if self.model is not None and self.preset:
+            raise ValueError("give model or preset, not both")
+        check_size("prompt_tokens", self.prompt_tokens, 1, MOST)
+        check_size("new_tokens", self.new_tokens, 2, MOST)
+        check_size("threads", self.threads, 0, 1024)
+        if not self.batches:
+            raise ValueError("batches is empty; give at least one")
+        for batch in self.batches:
+            check_size("each of batches", batch, 1, MOST)
+
 
 def main(config: Config) -> None:
     """Measures, prints a table, writes the JSON."""
     import torch
 
-    from pyllm.generate import find_model, pick_device, pick_dtype
-    from pyllm.models import Transformer, load_model, preset
+    from pyllm.generate import find_model, pick_dtype
+    from pyllm.models import Transformer, choose_device, load_model, preset
 
-    if config.model is not None and config.preset:
-        raise ValueError("give --model or --preset, not both")
-    if config.threads < 0:
-        raise ValueError(f"--threads must be at least 0, got {config.threads}")
+    if config.out is not None:
+        require_writable(config.out.parent)
     if config.threads:
         torch.set_num_threads(config.threads)
-    device, dtype = pick_device(config.device), pick_dtype(config.dtype)
+    device, dtype = choose_device(config.device), pick_dtype(config.dtype)
     if config.preset:
         torch.manual_seed(0)
         model = Transformer(preset(config.preset)).to(device=device, dtype=dtype).eval()

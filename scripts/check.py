@@ -1,12 +1,22 @@
 """Every check of the house in one command: python scripts/check.py [--no-tests]."""
 
-import argparse
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
+from pyllm._cli import run
+
 ROOT = Path(__file__).resolve().parent.parent
+
+
+@dataclass
+class Config:
+    """Every check of the house: ruff, clang-format, mypy, pytest."""
+
+    tests: bool = True
+    """Run pytest as well."""
 
 
 def commands(with_tests: bool) -> list[list[str]]:
@@ -28,13 +38,10 @@ def commands(with_tests: bool) -> list[list[str]]:
     return checks
 
 
-def main() -> int:
+def main(config: Config) -> int:
     """Run all of them, also after a failure; 0 where all passed, else 1."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--no-tests", action="store_true", help="leave pytest out")
-    arguments = parser.parse_args()
     failed = []
-    for command in commands(with_tests=not arguments.no_tests):
+    for command in commands(with_tests=config.tests):
         name = " ".join(part for part in command[:4] if part not in (sys.executable, "-m"))
         print(f"== {name}", flush=True)
         start = time.perf_counter()
@@ -51,4 +58,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(main, Config)

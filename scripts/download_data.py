@@ -6,7 +6,8 @@ from typing import Literal
 
 from tyro.conf import Positional
 
-from pyllm._cli import run
+from pyllm._checks import check_size
+from pyllm._cli import require_writable, run
 
 
 @dataclass
@@ -21,12 +22,17 @@ class Config:
     out: Path = Path("data")
     """Folder in which the folder <name> is made."""
 
+    def __post_init__(self) -> None:
+        if self.max_documents is not None:
+            check_size("max_documents", self.max_documents, 2, 2**31 - 1)
+
 
 def main(config: Config) -> None:
     """Downloads and reports."""
+    folder = config.out / config.name
+    require_writable(folder)
     from pyllm.data.download import download
 
-    folder = config.out / config.name
     counts = download(config.name, folder, config.max_documents)
     for file, documents in counts.items():
         print(f"{folder / file}: {documents:,} documents")

@@ -25,7 +25,7 @@ class Config(SamplingConfig):
     """A run folder (its best checkpoint is taken) or a model folder; by default the run under
     runs/ that was saved last."""
     prompt: str = ""
-    """How the story begins; empty for the model's own idea."""
+    """How the story begins; by default the model's own idea."""
     interactive: bool = False
     """Ask for one beginning after the other. Ctrl-C ends a story, Ctrl-D the program."""
     stats: bool = False
@@ -39,14 +39,19 @@ class Config(SamplingConfig):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Of the weights; auto: as saved."""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.interactive and self.prompt:
+            raise ValueError("give prompt or interactive, not both")
+
 
 def main(config: Config) -> None:
     """Loads the model and writes."""
-    from pyllm.generate import find_model, pick_device, pick_dtype
-    from pyllm.models import load_model
+    from pyllm.generate import find_model, pick_dtype
+    from pyllm.models import choose_device, load_model
 
     folder = find_model(config.model)
-    model, tokenizer = load_model(folder, pick_device(config.device), pick_dtype(config.dtype))
+    model, tokenizer = load_model(folder, choose_device(config.device), pick_dtype(config.dtype))
     n_layers = model.config.n_moe_layers
     if config.show_experts and not -n_layers <= config.expert_layer < n_layers:
         raise ValueError(
@@ -74,6 +79,10 @@ def interact(
         except EOFError:
             print()
             return
+        except UnicodeDecodeError as error:
+            raise ValueError(
+                f"what was typed is not UTF-8 ({error.object[error.start]:#04x}); expected UTF-8"
+            ) from None
 
 
 def tell(config: Config, model: Transformer, tokenizer: Tokenizer, prompt: str) -> None:

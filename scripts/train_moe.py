@@ -1,25 +1,47 @@
 """Train a model: `python scripts/train_moe.py`, or with a text of your own: `--data FILE`."""
 
-import argparse
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
+from pyllm._checks import shown
 from pyllm._cli import run
+from pyllm._flags import read_flags
 from pyllm.models.config import preset
 from pyllm.train.config import TRAIN_PRESETS, RunConfig
 
 
-def defaults() -> RunConfig:
+@dataclass
+class Start:
+    """The flags that decide what the others start from."""
+
+    preset: str = ""
+    resume: str = ""
+
+
+def defaults(arguments: list[str]) -> RunConfig:
     """The settings of the preset named on the command line: what the other flags start from."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--preset", default=RunConfig.preset)
-    name = parser.parse_known_args()[0].preset
+    start, others = read_flags(Start, arguments, add_help=False, return_unknown_args=True)
+    others = [other for other in others if other not in ("-h", "--help")]
+    if start.resume and (others or start.preset):
+        raise ValueError(
+            "--resume goes on with the settings in the run's config.json; leave the other flags "
+            f"out ({shown(' '.join(others) or '--preset')})"
+        )
+    name = start.preset or RunConfig.preset
     return replace(RunConfig(), preset=name, model=preset(name), train=TRAIN_PRESETS[name])
 
 
 def main(config: RunConfig) -> None:
     """Train, evaluate, tell a story."""
+    from pyllm._memory import check_memory
+    from pyllm.models import choose_device, count_parameters
     from pyllm.train.run import run_training
 
+    if choose_device(config.train.device).type == "cpu":  # before a tokenizer is trained for it
+        check_memory(
+            "the model with its gradients",  # optimiser and activations come on top
+            8 * count_parameters(config.model).total,
+            "give a smaller --preset, or smaller sizes after --model",
+        )
     run_training(config)
 
 

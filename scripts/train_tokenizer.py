@@ -4,7 +4,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from pyllm._cli import run
+from pyllm._checks import check_size
+from pyllm._cli import require_writable, run
 
 
 @dataclass
@@ -21,9 +22,13 @@ class Config:
     text_column: str = "text"
     """Column (or JSON key) that holds the text."""
 
+    def __post_init__(self) -> None:
+        check_size("vocab_size", self.vocab_size, 260, 2**31 - 1)  # 256 bytes, 4 special tokens
+
 
 def main(config: Config) -> None:
     """Trains, saves and reports."""
+    require_writable(config.out.parent if config.out.suffix == ".json" else config.out)
     from pyllm.data import read_texts
     from pyllm.tokenizers import train_bpe
 

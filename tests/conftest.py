@@ -11,11 +11,9 @@ from typing import TextIO
 import pytest
 from hypothesis import HealthCheck, settings
 
-from pyllm._cli import SPIN_COUNT
+from pyllm._cli import ENVIRONMENT
 
-# Before torch loads the libraries that read them.
-os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)
-os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
+os.environ.update({**ENVIRONMENT, **os.environ})
 
 import torch
 

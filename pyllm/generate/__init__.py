@@ -17,7 +17,7 @@ if TYPE_CHECKING:
         prompt_ids,
     )
     from pyllm.generate.experts import expert_trace
-    from pyllm.generate.find import find_model, pick_device, pick_dtype
+    from pyllm.generate.find import find_model, pick_dtype
     from pyllm.generate.measure import DecodeTimes, peak_memory_bytes, time_decode
     from pyllm.generate.sampling import sample_token
     from pyllm.generate.stream import TextStream
@@ -31,7 +31,6 @@ _HOMES = {
     "prompt_ids": "decode",
     "expert_trace": "experts",
     "find_model": "find",
-    "pick_device": "find",
     "pick_dtype": "find",
     "DecodeTimes": "measure",
     "peak_memory_bytes": "measure",
@@ -51,7 +50,6 @@ __all__ = [
     "generate_text",
     "next_logits",
     "peak_memory_bytes",
-    "pick_device",
     "pick_dtype",
     "prompt_ids",
     "sample_token",

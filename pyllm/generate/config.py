@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from pyllm._checks import check_size, is_finite, shown
+
 
 @dataclass(frozen=True)
 class SamplingConfig:
@@ -26,16 +28,16 @@ class SamplingConfig:
     """The same seed gives the same text; None for another one each time."""
 
     def __post_init__(self) -> None:
-        if self.max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens must be at least 1, got {self.max_new_tokens}")
-        if not 0 < self.temperature < float("inf"):
+        check_size("max_new_tokens", self.max_new_tokens, 1)
+        check_size("top_k (0 for all)", self.top_k, 0)
+        if self.seed is not None:
+            check_size("seed", self.seed, 0, 2**63 - 1)
+        if not is_finite(self.temperature) or self.temperature <= 0:
             raise ValueError(
-                f"temperature must be above 0 and finite, got {self.temperature}; "
+                f"temperature must be above 0 and finite, got {shown(self.temperature)}; "
                 "for the most likely word each time, use greedy"
             )
-        if self.top_k < 0:
-            raise ValueError(f"top_k must be at least 1, or 0 for all, got {self.top_k}")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p must be above 0 and at most 1, got {self.top_p}")
-        if self.seed is not None and not 0 <= self.seed < 2**63:
-            raise ValueError(f"seed must be between 0 and 2**63 - 1, got {self.seed}")
+        if not is_finite(self.top_p) or not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p must be above 0 and at most 1, got {shown(self.top_p)}")
+        if not isinstance(self.greedy, bool):
+            raise ValueError(f"greedy must be true or false, got {shown(self.greedy)}")

@@ -1,11 +1,13 @@
 """Writing text: the prompt in one pass, then one token at a time with a kv cache."""
 
 from collections.abc import Iterator, Sequence
+from operator import index
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pyllm._checks import shown
 from pyllm.generate.config import SamplingConfig
 from pyllm.generate.sampling import sample_token
 from pyllm.generate.stream import TextStream
@@ -22,6 +24,32 @@ def next_logits(model: Transformer, ids_BT: Tensor, cache: KVCache) -> Tensor:
     """
     x_BTD, _ = model.hidden(ids_BT, cache)
     return F.linear(x_BTD[:, -1], model.output_weight)
+
+
+def checked_ids(name: str, model: Transformer, ids: Sequence[int]) -> list[int]:
+    """The ids as ints.
+
+    Args:
+        name: of the function whose argument they are, for the message.
+
+    Raises:
+        ValueError: none, not whole numbers, or not in the model's vocabulary.
+    """
+    try:
+        if any(isinstance(token, bool) for token in ids):
+            raise TypeError  # which Python counts among the whole numbers
+        checked = [index(token) for token in ids]
+    except TypeError:
+        raise ValueError(f"{name}: the ids must be whole numbers, got {shown(ids)}") from None
+    if not checked:
+        raise ValueError(f"{name}: expected at least one token to begin with, got none")
+    wrong = [token for token in checked if not 0 <= token < model.config.vocab_size]
+    if wrong:
+        raise ValueError(
+            f"{name}: token {shown(wrong[0])} is not in the model's vocabulary of "
+            f"{model.config.vocab_size}"
+        )
+    return checked
 
 
 @torch.inference_mode()
@@ -48,15 +76,7 @@ def generate_ids(
     Raises:
         ValueError: an empty prompt, an id that is not in the vocabulary, NaN in the logits.
     """
-    history = list(ids)
-    if not history:
-        raise ValueError("generate_ids: expected at least one token to begin with, got none")
-    wrong = [token for token in history if not 0 <= token < model.config.vocab_size]
-    if wrong:
-        raise ValueError(
-            f"generate_ids: token {wrong[0]} is not in the model's vocabulary of "
-            f"{model.config.vocab_size}"
-        )
+    history = checked_ids("generate_ids", model, ids)
     generator = torch.Generator()
     if config.seed is None:
         generator.seed()

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from pyllm.generate.decode import checked_ids
 from pyllm.layers import Dispatcher, MoE
 from pyllm.models import Transformer
 
@@ -43,16 +44,20 @@ def expert_trace(model: Transformer, ids: Sequence[int]) -> Tensor:
         (MoE layers, T, k) int32 on the CPU; no layers for a dense model.
 
     Raises:
-        ValueError: no token, or more than the context.
+        ValueError: no token, more than the context, or one that is not in the vocabulary.
     """
-    if not ids:
-        raise ValueError("expert_trace: expected at least one token, got none")
+    ids = checked_ids("expert_trace", model, ids)
+    if len(ids) > model.config.max_seq_len:
+        raise ValueError(
+            f"expert_trace: {len(ids)} tokens do not fit into the model's context of "
+            f"{model.config.max_seq_len}"
+        )
     layers = [block.ffn for block in model.blocks if isinstance(block.ffn, MoE)]
     recorders = [_Recorder(layer.dispatcher) for layer in layers]
     try:
         for layer, recorder in zip(layers, recorders, strict=True):
             layer.dispatcher = recorder
-        model.hidden(torch.tensor([list(ids)], device=model.embedding.weight.device))
+        model.hidden(torch.tensor([ids], device=model.embedding.weight.device))
     finally:
         for layer, recorder in zip(layers, recorders, strict=True):
             layer.dispatcher = recorder.inner

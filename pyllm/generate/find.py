@@ -1,14 +1,10 @@
-"""What a script is told in words, found: the model's folder, the device, the dtype."""
+"""What a script is told in words, found: the model's folder, the dtype."""
 
 from pathlib import Path
 
 import torch
 
-_DTYPES = {
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-}
+from pyllm.models import named_dtype
 
 
 def find_model(path: str | Path | None = None, runs: str | Path = "runs") -> Path:
@@ -63,35 +59,10 @@ def _saved_at(model: Path) -> float:
     return weights.stat().st_mtime if weights.is_file() else 0.0
 
 
-def pick_device(name: str = "auto") -> torch.device:
-    """``cpu``, ``cuda``, ``cuda:1``, ``mps``; ``auto``: cuda, then mps, then cpu.
-
-    Raises:
-        ValueError: unknown, or not on this machine.
-    """
-    has_cuda, has_mps = torch.cuda.is_available(), torch.backends.mps.is_available()
-    if name == "auto":
-        return torch.device("cuda" if has_cuda else "mps" if has_mps else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = None
-    if device is None or device.type not in ("cpu", "cuda", "mps"):
-        raise ValueError(f"device must be auto, cpu, cuda or mps, got {name!r}")
-    here = {"cpu": True, "cuda": has_cuda, "mps": has_mps}[device.type]
-    if here and device.type == "cuda" and device.index is not None:
-        here = device.index < torch.cuda.device_count()
-    if not here:
-        raise ValueError(f"device {name!r} is not available here; use --device auto")
-    return device
-
-
 def pick_dtype(name: str = "auto") -> torch.dtype | None:
     """``float32``, ``bfloat16``, ``float16``; ``auto`` is None, as saved.
 
     Raises:
         ValueError: unknown name.
     """
-    if name != "auto" and name not in _DTYPES:
-        raise ValueError(f"dtype must be auto, {', '.join(_DTYPES)}, got {name!r}")
-    return _DTYPES.get(name)
+    return None if name == "auto" else named_dtype(name)

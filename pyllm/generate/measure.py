@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from pyllm._checks import check_size
 from pyllm.generate.decode import next_logits
 from pyllm.models import Transformer
 
@@ -48,11 +49,9 @@ def time_decode(model: Transformer, batch: int, prompt_tokens: int, new_tokens: 
     Raises:
         ValueError: fewer than two new tokens, an empty prompt or batch, more than the context.
     """
-    if batch < 1 or prompt_tokens < 1 or new_tokens < 2:
-        raise ValueError(
-            f"expected at least 1 sequence, 1 prompt token and 2 new tokens, got {batch}, "
-            f"{prompt_tokens} and {new_tokens}"
-        )
+    check_size("batch", batch, 1)
+    check_size("prompt_tokens", prompt_tokens, 1)
+    check_size("new_tokens", new_tokens, 2)
     context = model.config.max_seq_len
     if prompt_tokens + new_tokens > context:
         raise ValueError(

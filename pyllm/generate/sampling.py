@@ -29,8 +29,15 @@ def sample_token(
         (B,) int64.
 
     Raises:
-        ValueError: a row holds NaN or +inf, or nothing but -inf.
+        ValueError: not (B, V) floating point with a word in it; a row holds NaN or +inf (also as
+            float32), or nothing but -inf.
     """
+    if logits_BV.dim() != 2 or not logits_BV.shape[1] or not logits_BV.is_floating_point():
+        raise ValueError(
+            "sample_token: the logits must be floating point of shape (rows, words), got "
+            f"{logits_BV.dtype} {tuple(logits_BV.shape)}"
+        )
+    logits_BV = logits_BV.float()
     largest_B1 = logits_BV.amax(-1, keepdim=True)
     if not bool(largest_B1.isfinite().all()):
         raise ValueError(
@@ -39,38 +46,43 @@ def sample_token(
         )
     if config.greedy:
         return logits_BV.argmax(-1)
+    # One that is 0 or infinite as a float32 would give 0 / 0.
+    limits = torch.finfo(torch.float32)
+    temperature = min(max(config.temperature, limits.tiny), limits.max)
     # Scaled after the maximum is subtracted: a tiny temperature cannot overflow then.
-    scaled_BV = (logits_BV.float() - largest_B1.float()) / config.temperature
+    scaled_BV = (logits_BV - largest_B1) / temperature
     if config.top_k == 0 and config.top_p == 1:
         return _draw(scaled_BV.softmax(-1), generator)
-    values_BC, ids_BC = _candidates(scaled_BV, config)
+    # Put in order before they are scaled, which may round two of them to one.
+    ids_BC = _candidates(logits_BV, scaled_BV, config)
+    values_BC = scaled_BV.gather(1, ids_BC)
     weights_BC = values_BC.softmax(-1)
     if config.top_p < 1:
         total_B1 = (values_BC if config.top_k else scaled_BV).logsumexp(-1, keepdim=True)
         p_BC = (values_BC - total_B1).exp()
         before_BC = p_BC.cumsum(-1) - p_BC
-        before_BC[:, 0] = 0  # the most likely token stays, whatever is lost in rounding
-        weights_BC = weights_BC.where(before_BC < config.top_p, 0.0)
+        kept_BC = before_BC < config.top_p
+        kept_BC[:, 0] = True  # the most likely token stays, whatever is lost in rounding
+        weights_BC = weights_BC.where(kept_BC, 0.0)
     return ids_BC.gather(1, _draw(weights_BC, generator).unsqueeze(1)).squeeze(1)
 
 
-def _candidates(scaled_BV: Tensor, config: SamplingConfig) -> tuple[Tensor, Tensor]:
-    """The tokens to draw from and maybe more, the most likely first: values and ids (B, C)."""
-    n_words = scaled_BV.shape[1]
+def _candidates(logits_BV: Tensor, scaled_BV: Tensor, config: SamplingConfig) -> Tensor:
+    """The ids (B, C) of the tokens to draw from and maybe more, the most likely first."""
+    n_words = logits_BV.shape[1]
     if config.top_k:
-        return _largest(scaled_BV, min(config.top_k, n_words))
-    values_BC, ids_BC = _largest(scaled_BV, min(NUCLEUS_GUESS, n_words))
-    covered_B = (values_BC.logsumexp(-1) - scaled_BV.logsumexp(-1)).exp()
+        return _largest(logits_BV, min(config.top_k, n_words))
+    ids_BC = _largest(logits_BV, min(NUCLEUS_GUESS, n_words))
+    covered_B = (scaled_BV.gather(1, ids_BC).logsumexp(-1) - scaled_BV.logsumexp(-1)).exp()
     if bool((covered_B < config.top_p).any()):
-        return _largest(scaled_BV, n_words)
-    return values_BC, ids_BC
+        return _largest(logits_BV, n_words)
+    return ids_BC
 
 
-def _largest(scores_BV: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The ``count`` largest, descending, ties by lower id: a stable sort cut short, but cheaper."""
+def _largest(scores_BV: Tensor, count: int) -> Tensor:
+    """The ids of the ``count`` largest, descending, ties by lower id: a stable sort cut short."""
     if count == scores_BV.shape[1]:
-        values_BV, ids_BV = scores_BV.sort(dim=-1, descending=True, stable=True)
-        return values_BV, ids_BV
+        return scores_BV.argsort(dim=-1, descending=True, stable=True)
     # topk leaves open which of several equal scores it takes, so only its smallest value is used:
     # everything above it is in, and of its equals as many as there is room for, in order of id.
     edge_B1 = scores_BV.topk(count, dim=-1).values[:, -1:]
@@ -78,8 +90,8 @@ def _largest(scores_BV: Tensor, count: int) -> tuple[Tensor, Tensor]:
     room_B1 = count - above_BV.sum(-1, keepdim=True)
     kept_BV = above_BV | (equal_BV & (equal_BV.cumsum(-1) <= room_B1))
     ids_BC = kept_BV.nonzero()[:, 1].view(-1, count)
-    values_BC, order_BC = scores_BV.gather(1, ids_BC).sort(dim=-1, descending=True, stable=True)
-    return values_BC, ids_BC.gather(1, order_BC)
+    order_BC = scores_BV.gather(1, ids_BC).argsort(dim=-1, descending=True, stable=True)
+    return ids_BC.gather(1, order_BC)
 
 
 def _draw(weights_BC: Tensor, generator: torch.Generator | None) -> Tensor:

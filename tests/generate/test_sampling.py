@@ -184,11 +184,11 @@ def test_logits_that_are_no_numbers_are_an_error(bad):
         ({"temperature": -1.0}, "temperature must be above 0"),
         ({"temperature": math.nan}, "temperature must be above 0"),
         ({"temperature": math.inf}, "temperature must be above 0"),
-        ({"top_k": -1}, "top_k must be at least 1, or 0 for all, got -1"),
+        ({"top_k": -1}, r"top_k \(0 for all\) must be a whole number of at least 0, got -1"),
         ({"top_p": 0.0}, "top_p must be above 0 and at most 1, got 0.0"),
         ({"top_p": 1.5}, "top_p must be above 0 and at most 1, got 1.5"),
-        ({"max_new_tokens": 0}, "max_new_tokens must be at least 1, got 0"),
-        ({"seed": -1}, "seed must be between 0"),
+        ({"max_new_tokens": 0}, "max_new_tokens must be a whole number of at least 1, got 0"),
+        ({"seed": -1}, "seed must be a whole number from 0 to 9,223,372,036,854,775,807"),
     ],
 )
 def test_impossible_settings_are_value_errors(settings, message):
