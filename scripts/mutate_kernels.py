@@ -1,22 +1,26 @@
-"""Spoil each place of the C++ kernels and their launchers in turn; the tests must see it.
+"""Spoils the C++ kernels, one place at a time: python scripts/mutate_kernels.py moe_ffn.
 
-python scripts/mutate_kernels.py [operation ...]
-
-A mutant is seen when the check of some case fails, the process dies, or 60 seconds pass. Those that
-live are printed; what nothing can see is declared in pyllm/testing/kernel_equivalents.py. Needs g++
-and fork. The verdicts go to benchmarks/results/.
+A mutant is seen when the check of some case fails, the process dies, or 60 seconds pass. Those
+that live are printed, for a reader to judge: some cannot be seen from outside (a larger buffer),
+the rest are holes in the tests. Seconds for each mutant; needs g++ and fork.
 """
 
-import argparse
 import json
 import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
+
+from tyro.conf import Positional
+
+from pyllm._cli import run
 
 ROOT = Path(__file__).resolve().parent.parent
 FLAGS = ["-std=c++17", "-O1", "-fPIC", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math"]
@@ -164,36 +168,54 @@ def mutate(
     return verdicts
 
 
-def main() -> int:
-    """0 where all that lives is declared, 1 otherwise, 2 where the machine cannot do it."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("operations", nargs="*", help="by default all")
-    parser.add_argument("--out", default="", help="write the verdicts as JSON")
-    arguments = parser.parse_args()
+@dataclass
+class Config:
+    """Spoil each place of the C++ kernels and their launchers in turn; the tests must see it."""
+
+    operations: Positional[
+        tuple[
+            Literal[
+                "attention",
+                "linear_cross_entropy",
+                "moe_combine",
+                "moe_dispatch",
+                "moe_ffn",
+                "rms_norm",
+                "rope",
+                "route_topk",
+            ],
+            ...,
+        ]
+    ] = ("rope",)
+    """Operations to take."""
+    out: str | None = None
+    """Write the verdicts there, as JSON."""
+
+
+def main(config: Config) -> None:
+    """Print what lives, and the counts.
+
+    Raises:
+        ValueError: the machine cannot do it.
+    """
     if shutil.which("g++") is None or not hasattr(os, "fork"):
-        print("error: g++ and fork are needed; on Debian: sudo apt install g++", file=sys.stderr)
-        return 2
-    import sysconfig
-
+        raise ValueError("g++ and fork are needed; on Debian: sudo apt install g++")
     import pybind11
-
-    from pyllm.testing import OPERATIONS
 
     includes = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_paths()['include']}"]
     results: dict[str, str] = {}
     with tempfile.TemporaryDirectory() as place:
         objects = compile_objects(Path(place), includes)
-        for operation in arguments.operations or OPERATIONS:
+        for operation in config.operations:
             start = time.perf_counter()
             found = mutate(operation, objects, includes, Path(place))
             results |= found
             counts = {kind: list(found.values()).count(kind) for kind in (KILLED, ALIVE)}
             seconds = time.perf_counter() - start
             print(f"{operation}: {counts} in {seconds:.0f} s", flush=True)
-    if arguments.out:
-        Path(arguments.out).write_text(json.dumps(results, indent=1) + "\n")
-    return 0
+    if config.out:
+        Path(config.out).write_text(json.dumps(results, indent=1) + "\n")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(main, Config)
