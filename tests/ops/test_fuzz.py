@@ -188,9 +188,12 @@ def _may_have_gradient(value: Tensor) -> bool:
     return value.dtype.is_floating_point or value.dtype.is_complex
 
 
-ROUNDINGS = 50
-"""Of a 16-bit number, a third of it: the float32 and float64 half of the inputs are the sharp ones.
-The error budget judges what is valid, in the test above."""
+def _roundings(dtype: torch.dtype) -> float:
+    """How many roundings two faces may be apart here; the error budget judges what is valid.
+
+    A third of a 16-bit number, so the float32 and float64 inputs are the sharp ones.
+    """
+    return (50.0 if dtype.itemsize == 2 else 1000.0) * torch.finfo(dtype).eps
 
 
 def _unit(inputs: Arguments) -> float:
@@ -210,8 +213,8 @@ def _assert_same(got: list[Tensor], expected: list[Tensor], unit: float, strict:
     gets no gradient from a NaN, though the textbook multiplies that NaN by zero.
     """
     assert len(got) == len(expected)
-    tolerance = ROUNDINGS * max(
-        (torch.finfo(one.dtype).eps for one in expected if one.is_floating_point()), default=0.0
+    tolerance = max(
+        (_roundings(one.dtype) for one in expected if one.is_floating_point()), default=0
     )
     for have, want in zip(got, expected, strict=True):
         assert (have.dtype, have.shape, have.device) == (want.dtype, want.shape, want.device)
@@ -229,15 +232,18 @@ def _assert_same(got: list[Tensor], expected: list[Tensor], unit: float, strict:
             assert float((have - want).abs().max()) <= tolerance * scale
 
 
-def _leaks(inputs: Arguments) -> bool:
+def _leaks(operation: Operation, inputs: Arguments) -> bool:
     """Whether PyTorch's products may carry a NaN into another row, so that nobody is right.
 
     Seen with bfloat16 and an odd inner size: 17 x 33 times 33 x 8, oneDNN of torch 2.13. A pad of
     zero meets the next row's first number.
     """
+    if operation.name not in ("moe_ffn", "attention", "linear_cross_entropy"):
+        return False
     floating = [v for v in inputs.values() if isinstance(v, Tensor) and v.is_floating_point()]
     bad = any(not v.isfinite().all() for v in floating if v.device.type == "cpu")
-    return bad and any(v.dtype == torch.bfloat16 for v in floating)
+    odd = any(size % 2 for v in floating for size in v.shape)
+    return bad and odd and any(v.dtype == torch.bfloat16 for v in floating)
 
 
 @pytest.mark.parametrize("name", OPERATIONS)
@@ -258,10 +264,11 @@ def test_spoilt_inputs_give_the_right_numbers_or_one_line(
             assert isinstance(got, str), f"{face} takes what the reference refuses: {expected}"
         else:
             assert not isinstance(got, str), f"{face} refuses what the reference takes: {got}"
-            if _leaks(inputs):
+            if _leaks(operation, inputs):
                 return
             unit = _unit(inputs)
-            _assert_same(got[0], expected[0], unit, strict=True)
+            # PyTorch's own fused attention gives zeros to a query of -inf.
+            _assert_same(got[0], expected[0], unit, strict=face != "torch")
             # A softmax as steep as that is one or zero, and its gradient is rounding times scale.
             if abs(inputs.get("scale") or 1.0) <= 10:
                 _assert_same(got[1], expected[1], unit, strict=False)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from pyllm.ops import route_topk
+from pyllm.ops import available_faces, route_topk
 from pyllm.ops._registry import face_module
 from pyllm.testing.cases.route_topk import ROUTE_TOPK
 from pyllm.testing.suite import OperationSuite
@@ -53,3 +53,11 @@ def test_large_logits() -> None:
 def test_bad_input(logits: torch.Tensor, top_k: int, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         route_topk(logits, top_k)
+
+
+@pytest.mark.parametrize("face", available_faces("route_topk"))
+def test_nan_counts_as_the_largest_and_the_lower_index_comes_first(face: str) -> None:
+    nan, inf = float("nan"), float("inf")
+    logits = torch.tensor([[1.0, nan, inf, nan], [inf, -inf, nan, inf], [nan, nan, nan, nan]])
+    experts = route_topk(logits, 3, face=face).experts
+    assert experts.tolist() == [[1, 3, 2], [2, 0, 3], [0, 1, 2]]

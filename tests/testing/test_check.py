@@ -69,3 +69,18 @@ def test_layouts_keep_the_values(name: str) -> None:
     assert not LAYOUTS["transposed"](torch.randn(3, 4)).is_contiguous()
     assert not LAYOUTS["strided"](torch.randn(3, 4)).is_contiguous()
     assert LAYOUTS["offset"](torch.randn(3, 4)).storage_offset() == 3
+
+
+@pytest.mark.parametrize("victim", ["dy", "rstd"])
+def test_a_backward_may_not_write_to_what_it_is_given(victim: str) -> None:
+    def backward(
+        dy: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, rstd: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
+        result = reference.rms_norm_backward(dy, x, weight, rstd)
+        {"dy": dy, "rstd": rstd}[victim].fill_(float("nan"))
+        return result
+
+    face = SimpleNamespace(rms_norm_forward=reference.rms_norm_forward, rms_norm_backward=backward)
+    with pytest.raises(Mismatch, match=f"writes to its input {victim}"):
+        check_face(CASE, face, torch.float32)
+    check_face(CASE, reference, torch.float32)  # the next face gets sound ones

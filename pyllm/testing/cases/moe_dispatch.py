@@ -81,6 +81,7 @@ MOE_DISPATCH = Operation(
         "load": LOADS,
     },
     resolve=resolve_top_k,
+    extra=({"N": 5000, "D": 3, "E": 7, "A": 2, "load": "even"},),
     tiny={"N": 4, "D": 3, "E": 3, "A": 2, "load": "even"},
     smoke=(
         {"N": 0, "D": 4, "E": 3, "A": 2, "load": "even"},

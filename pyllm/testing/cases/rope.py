@@ -59,7 +59,10 @@ ROPE = Operation(
         "B": (1, 2, 3),
         "ragged": (False, True),
     },
-    extra=({"T": 3, "K": 8, "H": 2, "B": 0, "ragged": True},),
+    extra=(
+        {"T": 3, "K": 8, "H": 2, "B": 0, "ragged": True},
+        {"T": 2100, "K": 4, "H": 2, "B": 1, "ragged": False},
+    ),
     tiny={"T": 3, "K": 4, "H": 2, "B": 2, "ragged": False},
     smoke=(
         {"T": 0, "K": 4, "H": 1, "B": 1, "ragged": False},
