@@ -43,6 +43,33 @@ def check_size(name: str, value: Any, least: int, most: int | None = None) -> in
     return size
 
 
+def check_number(
+    name: str, value: Any, least: float, most: float = math.inf, *, above: bool = False
+) -> float:
+    """A finite number from ``least`` (or only ``above`` it) to ``most``, as a float.
+
+    Raises:
+        ValueError: it is not (True and "3" are none).
+    """
+    if not is_finite(value) or not least <= value <= most or (above and value == least):
+        allowed = f"finite number {'above' if above else 'of at least'} {least:g}"
+        if most < math.inf:
+            allowed = f"number from {least:g} to {most:g}"
+        raise ValueError(f"{name} must be a {allowed}, got {shown(value)}")
+    return float(value)
+
+
+def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> str:
+    """One of some words.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if not isinstance(value, str) or value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {shown(value)}")
+    return value
+
+
 def check_text(text: Any, where: str = "the text") -> str:
     """A string that has a UTF-8 form.
 

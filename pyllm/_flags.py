@@ -16,8 +16,8 @@ import tyro
 
 from pyllm._checks import shown
 
-LONGEST = 400
-"""Characters of tyro's message; more come only from long values that it repeats."""
+LONGEST, HINT = 300, 160
+"""Characters of tyro's message and of each hint; more come only from long values."""
 
 
 def read_flags(config_type: type[Any], arguments: Sequence[str], **options: Any) -> Any:
@@ -84,14 +84,24 @@ def _picked_from(box: str, config_type: type[Any]) -> str:
     if refused := re.match(r"Error parsing ([A-Za-z]\w*): ([A-Z]\w*: )?", message):
         return _with_flag_names(message[refused.end() :], refused[1], config_type)
     message = re.sub(r"(\S{100})\S+", r"\1...", message)
-    parts = [message if len(message) <= LONGEST else f"{message[:LONGEST]}..."]
-    parts += [" ".join(" ".join(hint.split("\n")[:2]).split()) for hint in hints]
+    parts = [_cut(message, LONGEST)]
+    parts += [_cut(" ".join(" ".join(hint.split("\n")[:2]).split()), HINT) for hint in hints]
     _, unknown, strays = message.partition("Unrecognized options: ")
     if unknown and not hints:
-        flags = [word for word in strays.split(", ") if word.startswith("-")]
-        near = get_close_matches(flags[0], _known_flags(config_type), 1, 0) if flags else []
-        parts += [f"Perhaps you meant: {near[0]}" if near else "a text with spaces needs quotes"]
+        words = strays.split(", ")
+        flags = [word for word in words if word.startswith("-")]
+        if flags:
+            near = get_close_matches(flags[0], _known_flags(config_type), 1, 0)
+        else:
+            choices = _known_choices(config_type)
+            near = [f"{choices[word]} {word}" for word in get_close_matches(words[0], choices, 1)]
+        hint = "every other value follows a flag; quote a text with spaces"
+        parts += [f"Perhaps you meant: {near[0]}" if near else hint]
     return "; ".join([*parts, "--help lists the flags"])
+
+
+def _cut(text: str, longest: int) -> str:
+    return text if len(text) <= longest else f"{text[:longest]}..."
 
 
 def _with_flag_names(message: str, group: str, config_type: type[Any]) -> str:
@@ -106,6 +116,16 @@ def _with_flag_names(message: str, group: str, config_type: type[Any]) -> str:
 
 
 def _known_flags(config_type: type[Any]) -> list[str]:
+    return re.findall(r"(?:  |, )(--[a-z][\w.-]*)", _help(config_type))
+
+
+def _known_choices(config_type: type[Any]) -> dict[str, str]:
+    """Words that a flag takes, and the flag."""
+    found = re.findall(r"(--[a-z][\w.-]*) \[?\{([^{}\n]+)\}", _help(config_type))
+    return {word: flag for flag, words in found for word in words.split(",")}
+
+
+def _help(config_type: type[Any]) -> str:
     with _caught() as said, contextlib.suppress(SystemExit):
         tyro.cli(config_type, args=["--help"])
-    return re.findall(r"(?:  |, )(--[a-z][\w.-]*)", said.getvalue())
+    return said.getvalue()

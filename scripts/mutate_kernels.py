@@ -20,7 +20,7 @@ from typing import Literal
 
 from tyro.conf import Positional
 
-from pyllm._cli import run
+from pyllm._cli import require_writable, run
 
 ROOT = Path(__file__).resolve().parent.parent
 FLAGS = ["-std=c++17", "-O1", "-fPIC", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math"]
@@ -196,8 +196,13 @@ def main(config: Config) -> None:
     """Print what lives, and the counts.
 
     Raises:
-        ValueError: the machine cannot do it.
+        ValueError: the machine cannot do it, or nothing can be written to ``out``.
     """
+    out = Path(config.out) if config.out else None
+    if out:
+        require_writable(out.parent)
+        if out.is_dir():
+            raise ValueError(f"--out {out} is a folder; name a file")
     if shutil.which("g++") is None or not hasattr(os, "fork"):
         raise ValueError("g++ and fork are needed; on Debian: sudo apt install g++")
     import pybind11
@@ -213,8 +218,9 @@ def main(config: Config) -> None:
             counts = {kind: list(found.values()).count(kind) for kind in (KILLED, ALIVE)}
             seconds = time.perf_counter() - start
             print(f"{operation}: {counts} in {seconds:.0f} s", flush=True)
-    if config.out:
-        Path(config.out).write_text(json.dumps(results, indent=1) + "\n")
+    if out:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json.dumps(results, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ MAX_LINES = 500
 # From the ground up; on one floor, a package may use those to its left.
 FLOORS = (
     (
-        "_native _lazy _checks _memory _flags _cli reference triton_kernels cpu_kernels "
+        "_native _lazy _checks _memory _durable _flags _cli reference triton_kernels cpu_kernels "
         "torch_kernels foundations tokenizers testing viz"
     ),
     "ops",

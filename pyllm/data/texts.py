@@ -18,6 +18,7 @@ SEPARATOR = "<|endoftext|>"
 TEXT_SUFFIXES = (".txt", ".text", ".md", "")
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"  # as Windows editors write it
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")  # one slash: a Path makes one of two
 
 
 def read_texts(
@@ -31,6 +32,7 @@ def read_texts(
     A `.txt` file is cut at the lines that read `<|endoftext|>` (without such a line it is one
     document); a document is exactly what stands between two such lines, without the newline
     before the second. `.jsonl` and `.parquet` files and data sets give their `text_column`.
+    Suffixes may be in capitals.
 
     Args:
         path_or_hub_name: a file, or `owner/name` on the hub.
@@ -44,8 +46,14 @@ def read_texts(
     path = Path(path_or_hub_name)
     name = str(path_or_hub_name)
     known = (*TEXT_SUFFIXES[:-1], ".jsonl", ".parquet")
+    suffix = path.suffix.lower()
     if not path.exists():
-        if HUB_NAME.fullmatch(name) and path.suffix not in known:
+        if URL.match(name):
+            raise ValueError(
+                f"{name}: URLs are not read; download the file and give its path, or name a data "
+                "set of the Hugging Face hub as owner/name"
+            )
+        if HUB_NAME.fullmatch(name) and suffix not in known:
             return _not_empty(_hub_texts(name, split or "train", streaming, text_column), name)
         raise ValueError(
             f"{name}: no such file; give an existing {', '.join(known)} file, "
@@ -57,11 +65,11 @@ def read_texts(
         raise ValueError(f"{name}: split {split!r} was asked of a file, which has no splits")
     if path.stat().st_size == 0:
         raise ValueError(f"{name}: the file is empty; expected documents")
-    if path.suffix == ".jsonl":
+    if suffix == ".jsonl":
         return _not_empty(_jsonl_texts(path, text_column), name)
-    if path.suffix == ".parquet":
+    if suffix == ".parquet":
         return _not_empty(_parquet_texts(path, text_column), name)
-    if path.suffix in TEXT_SUFFIXES:
+    if suffix in TEXT_SUFFIXES:
         return _not_empty(_text_documents(path), name)
     raise ValueError(f"{name}: unknown kind of file {path.suffix!r}; expected {', '.join(known)}")
 

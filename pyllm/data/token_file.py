@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pyllm._checks import check_size, check_texts, one_line, shown
+from pyllm._durable import write_file
 
 if TYPE_CHECKING:
     from pyllm.tokenizers import Tokenizer
@@ -168,7 +169,7 @@ def write_tokens(
         # that is seen, and never new ids beside an old description.
         sidecar_path(path).unlink(missing_ok=True)
         temporary.replace(path)
-        _write_sidecar(sidecar, sidecar_path(path))
+        write_file(sidecar_path(path), json.dumps(dataclasses.asdict(sidecar), indent=2) + "\n")
     finally:
         temporary.unlink(missing_ok=True)
     return TokenFile.open(path)
@@ -203,15 +204,6 @@ def _choose_dtype(vocab_size: int, dtype: str | None) -> str:
             f"{np.iinfo(dtype).max + 1:,}; ask for uint32"
         )
     return dtype
-
-
-def _write_sidecar(sidecar: Sidecar, path: Path) -> None:
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    with temporary.open("w", encoding="utf-8") as stream:
-        stream.write(json.dumps(dataclasses.asdict(sidecar), indent=2) + "\n")
-        stream.flush()
-        os.fsync(stream.fileno())
-    temporary.replace(path)
 
 
 def _read_sidecar(path: Path) -> Sidecar:

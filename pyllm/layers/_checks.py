@@ -1,24 +1,33 @@
 """Checks that several layers make of what they are built from and given."""
 
+import torch
 from torch import Tensor
 
-from pyllm._checks import check_size, shown
+from pyllm._checks import check_size
+from pyllm._memory import check_memory
 
-ACTIVATIONS = ("swiglu", "gelu")
-
-
-def check_sizes(layer: str, **sizes: int) -> None:
-    """Every size is a whole number of at least 1."""
-    for name, size in sizes.items():
-        check_size(f"{layer}: {name}", size, 1)
+LARGEST_SIZE = 2**31 - 1
+"""The kernels count in int32."""
+MAX_NUMBERS = 10**13
+"""Ten times the largest published model; beyond, a tensor's size in bytes would leave int64."""
 
 
-def check_activation(layer: str, activation: str) -> None:
-    """It is one that the feed-forward layers know."""
-    if not isinstance(activation, str) or activation not in ACTIVATIONS:
-        raise ValueError(
-            f"{layer}: activation must be one of {', '.join(ACTIVATIONS)}, got {shown(activation)}"
-        )
+def check_sizes(layer: str, **sizes: int) -> list[int]:
+    """Every size is a whole number from 1 to what int32 holds; NumPy's become Python's."""
+    return [check_size(f"{layer}: {name}", size, 1, LARGEST_SIZE) for name, size in sizes.items()]
+
+
+def check_fits(what: str, weights: int, table: int, remedy: str) -> None:
+    """So many weights, and so many numbers in a table of positions, go into the memory.
+
+    Asked before the first tensor is made: a system out of memory kills without a word.
+    """
+    if weights + table > MAX_NUMBERS:
+        raise ValueError(f"{what} is larger than any; expected at most {MAX_NUMBERS:,} numbers")
+    probe = torch.empty(0)
+    if type(probe) is Tensor and probe.device.type == "cpu":  # neither meta nor fake
+        # Made in float64, a table takes 24 bytes a number.
+        check_memory(what, probe.element_size() * weights + 24 * table, remedy)
 
 
 def check_input(layer: str, x: Tensor, width: int, dims: int | None = None) -> None:

@@ -2,7 +2,7 @@
 
 from torch import Tensor, nn
 
-from pyllm.layers._checks import check_input, check_sizes
+from pyllm.layers._checks import check_fits, check_input, check_sizes
 from pyllm.layers.kv_cache import KVCache
 from pyllm.ops import attention, rope
 
@@ -27,7 +27,9 @@ class CausalSelfAttention(nn.Module):
         self, width: int, n_heads: int, n_kv_heads: int, window: int | None = None
     ) -> None:
         super().__init__()
-        check_sizes("CausalSelfAttention", width=width, n_heads=n_heads, n_kv_heads=n_kv_heads)
+        width, n_heads, n_kv_heads = check_sizes(
+            "CausalSelfAttention", width=width, n_heads=n_heads, n_kv_heads=n_kv_heads
+        )
         if window is not None:
             check_sizes("CausalSelfAttention", window=window)
         if width % n_heads or n_heads % n_kv_heads:
@@ -38,6 +40,8 @@ class CausalSelfAttention(nn.Module):
         self.width = width
         self.head_dim = width // n_heads
         self.heads = [n_heads, n_kv_heads, n_kv_heads]
+        weights = width * self.head_dim * (sum(self.heads) + n_heads)
+        check_fits(f"CausalSelfAttention: a width of {width:,}", weights, 0, "make it narrower")
         self.window = window
         self.qkv_proj = nn.Linear(width, sum(self.heads) * self.head_dim, bias=False)
         self.out_proj = nn.Linear(width, width, bias=False)

@@ -3,7 +3,9 @@
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pyllm.layers._checks import check_activation, check_input, check_sizes
+from pyllm._checks import check_choice
+from pyllm.layers._checks import check_fits, check_input, check_sizes
+from pyllm.ops.moe_ffn import ACTIVATIONS
 
 
 class MLP(nn.Module):
@@ -17,10 +19,12 @@ class MLP(nn.Module):
 
     def __init__(self, width: int, hidden: int, activation: str) -> None:
         super().__init__()
-        check_sizes("MLP", width=width, hidden=hidden)
-        check_activation("MLP", activation)
+        width, hidden = check_sizes("MLP", width=width, hidden=hidden)
+        check_choice("MLP: activation", activation, ACTIVATIONS)
         self.width = width
         self.gated = activation == "swiglu"
+        weights = (3 if self.gated else 2) * hidden * width
+        check_fits(f"MLP: {hidden:,} by {width:,}", weights, 0, "make it narrower")
         self.in_proj = nn.Linear(width, 2 * hidden if self.gated else hidden, bias=False)
         self.out_proj = nn.Linear(hidden, width, bias=False)
 

@@ -6,8 +6,10 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from pyllm.layers._checks import check_activation, check_input, check_sizes
+from pyllm._checks import check_choice
+from pyllm.layers._checks import check_fits, check_input, check_sizes
 from pyllm.ops import moe_ffn, route_topk
+from pyllm.ops.moe_ffn import ACTIVATIONS
 
 
 class RouterStatistics(NamedTuple):
@@ -79,14 +81,19 @@ class MoE(nn.Module):
         dispatcher: Dispatcher | None = None,
     ) -> None:
         super().__init__()
-        check_sizes("MoE", width=width, hidden=hidden, n_experts=n_experts, top_k=top_k)
-        check_activation("MoE", activation)
+        width, hidden, n_experts, top_k = check_sizes(
+            "MoE", width=width, hidden=hidden, n_experts=n_experts, top_k=top_k
+        )
+        check_choice("MoE: activation", activation, ACTIVATIONS)
         if top_k > n_experts:
             raise ValueError(f"MoE: top_k ({top_k}) must not exceed n_experts ({n_experts})")
         self.top_k = top_k
         self.activation = activation
         self.dispatcher = dispatcher or LocalDispatcher()
         columns = 2 * hidden if activation == "swiglu" else hidden
+        what = f"MoE: {n_experts:,} experts of {hidden:,} by {width:,}"
+        weights = n_experts * width * (1 + columns + hidden)
+        check_fits(what, weights, 0, "make it narrower or with fewer experts")
         self.router = nn.Parameter(torch.empty(n_experts, width))
         self.w_in = nn.Parameter(torch.empty(n_experts, columns, width))
         self.w_out = nn.Parameter(torch.empty(n_experts, width, hidden))

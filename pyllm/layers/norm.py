@@ -4,8 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pyllm._checks import shown
-from pyllm.layers._checks import check_input, check_sizes
+from pyllm._checks import check_number
+from pyllm.layers._checks import check_fits, check_input, check_sizes
 from pyllm.ops import rms_norm
 
 
@@ -14,8 +14,7 @@ class RMSNorm(nn.Module):
 
     def __init__(self, width: int, eps: float = 1e-5) -> None:
         super().__init__()
-        _check_norm("RMSNorm", width, eps)
-        self.eps = eps
+        self.eps = _checked_eps("RMSNorm", width, eps)
         self.weight = nn.Parameter(torch.ones(width))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -28,8 +27,7 @@ class LayerNorm(nn.Module):
 
     def __init__(self, width: int, eps: float = 1e-5) -> None:
         super().__init__()
-        _check_norm("LayerNorm", width, eps)
-        self.eps = eps
+        self.eps = _checked_eps("LayerNorm", width, eps)
         self.weight = nn.Parameter(torch.ones(width))
         self.bias = nn.Parameter(torch.zeros(width))
 
@@ -41,10 +39,10 @@ class LayerNorm(nn.Module):
         )
 
 
-def _check_norm(layer: str, width: int, eps: float) -> None:
-    check_sizes(layer, width=width)
-    if not isinstance(eps, int | float) or isinstance(eps, bool) or not 0 < eps < float("inf"):
-        raise ValueError(f"{layer}: eps must be a positive number, got {shown(eps)}")
+def _checked_eps(layer: str, width: int, eps: float) -> float:
+    (width,) = check_sizes(layer, width=width)
+    check_fits(f"{layer}: a width of {width:,}", 2 * width, 0, "make it narrower")
+    return check_number(f"{layer}: eps", eps, 0, above=True)
 
 
 NORMS = {"rms": RMSNorm, "layer": LayerNorm}

@@ -5,8 +5,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from pyllm._checks import shown
-from pyllm.layers._checks import check_sizes
+from pyllm._checks import check_number
+from pyllm.layers._checks import check_fits, check_sizes
+from pyllm.ops._checks import check_whole
 
 
 class RotaryTable(nn.Module):
@@ -15,7 +16,7 @@ class RotaryTable(nn.Module):
     Kept in float32 and out of the state dict: it follows from the configuration.
 
     Raises:
-        ValueError: a size below 1, an odd head size, theta below 1.
+        ValueError: a size below 1, an odd head size, theta below 1, more than the machine's memory.
     """
 
     cos: Tensor
@@ -23,13 +24,14 @@ class RotaryTable(nn.Module):
 
     def __init__(self, max_seq_len: int, head_dim: int, theta: float = 10_000.0) -> None:
         super().__init__()
-        check_sizes("RotaryTable", max_seq_len=max_seq_len, head_dim=head_dim)
+        max_seq_len, head_dim = check_sizes(
+            "RotaryTable", max_seq_len=max_seq_len, head_dim=head_dim
+        )
         if head_dim % 2:
             raise ValueError(f"RotaryTable: head_dim must be even, got {head_dim}")
-        if not isinstance(theta, int | float) or not 1 <= theta < float("inf"):
-            raise ValueError(
-                f"RotaryTable: theta must be a number of at least 1, got {shown(theta)}"
-            )
+        # Below 1, the angles overflow: 1e-300 to the power of -1.
+        theta = check_number("RotaryTable: theta", theta, 1)
+        _check_table("RotaryTable", max_seq_len, head_dim // 2)
         frequency_J = theta ** -(torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
         angle_TJ = torch.outer(torch.arange(max_seq_len, dtype=torch.float64), frequency_J)
         self.register_buffer("cos", angle_TJ.cos().float(), persistent=False)
@@ -54,7 +56,8 @@ class LearnedPositions(nn.Module):
 
     def __init__(self, max_seq_len: int, width: int) -> None:
         super().__init__()
-        check_sizes("LearnedPositions", max_seq_len=max_seq_len, width=width)
+        max_seq_len, width = check_sizes("LearnedPositions", max_seq_len=max_seq_len, width=width)
+        _check_table("LearnedPositions", max_seq_len, width, trained=True)
         self.weight = nn.Parameter(torch.zeros(max_seq_len, width))
 
     def forward(self, start: int, length: int) -> Tensor:
@@ -70,7 +73,10 @@ class SinusoidalPositions(nn.Module):
 
     def __init__(self, max_seq_len: int, width: int) -> None:
         super().__init__()
-        check_sizes("SinusoidalPositions", max_seq_len=max_seq_len, width=width)
+        max_seq_len, width = check_sizes(
+            "SinusoidalPositions", max_seq_len=max_seq_len, width=width
+        )
+        _check_table("SinusoidalPositions", max_seq_len, width)
         angle_TJ = torch.outer(
             torch.arange(max_seq_len, dtype=torch.float64),
             10_000.0 ** -(torch.arange(0, width, 2, dtype=torch.float64) / width),
@@ -84,9 +90,18 @@ class SinusoidalPositions(nn.Module):
         return self.table[start : start + length]
 
 
+def _check_table(layer: str, length: int, width: int, trained: bool = False) -> None:
+    numbers = length * width
+    weights, table = (numbers, 0) if trained else (0, numbers)
+    what = f"{layer}: a table of {length:,} positions by {width:,} numbers"
+    check_fits(what, weights, table, "make it shorter or narrower")
+
+
 def _check_positions(layer: str, start: int, length: int, size: int) -> None:
+    check_whole(layer, "start", start, 0)
+    check_whole(layer, "length", length, 0)
     # A slice past the end is shorter, and one row of it would be broadcast to all tokens.
-    if start < 0 or length < 0 or start + length > size:
+    if start + length > size:
         raise ValueError(
             f"{layer}: positions {start} to {start + length} do not lie between 0 and {size}"
         )

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, fields, replace
 from difflib import get_close_matches
 
-from pyllm._checks import check_size, shown
+from pyllm._checks import check_choice, check_number, check_size, shown
 
 _CHOICES = {
     "norm": ("rms", "layer"),
@@ -71,20 +71,10 @@ class ModelConfig:
         for field in fields(self):
             name, value = field.name, getattr(self, field.name)
             if name in _CHOICES:
-                if not isinstance(value, str) or value not in _CHOICES[name]:
-                    raise ValueError(
-                        f"ModelConfig: {name} must be one of {', '.join(_CHOICES[name])}, "
-                        f"got {shown(value)}"
-                    )
+                check_choice(f"ModelConfig: {name}", value, _CHOICES[name])
             elif name in _RANGES:
-                least, most = _RANGES[name]
-                number = isinstance(value, int | float) and not isinstance(value, bool)
-                if not number or not least <= value <= most:
-                    raise ValueError(
-                        f"ModelConfig: {name} must be a number from {least:g} to {most:g}, "
-                        f"got {shown(value)}"
-                    )
-                object.__setattr__(self, name, float(value))
+                number = check_number(f"ModelConfig: {name}", value, *_RANGES[name])
+                object.__setattr__(self, name, number)
             elif field.type is bool:
                 if not isinstance(value, bool):
                     raise ValueError(

@@ -18,6 +18,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from pyllm._durable import named_errors as named_errors
+from pyllm._durable import sync
+from pyllm._durable import write_file as write_file
+
 MANIFEST = "manifest.json"
 
 
@@ -42,7 +46,7 @@ def write_folder(folder: Path, fill: Callable[[Path], None]) -> None:
         files = [path for path in temporary.rglob("*") if path.is_file()]
         write_manifest(temporary, [path.relative_to(temporary).as_posix() for path in files])
         for path in [*temporary.rglob("*"), temporary]:
-            _sync(path)
+            sync(path)
         shutil.rmtree(previous, ignore_errors=True)
         if folder.exists():
             folder.rename(previous)
@@ -51,7 +55,7 @@ def write_folder(folder: Path, fill: Callable[[Path], None]) -> None:
         shutil.rmtree(temporary, ignore_errors=True)
         settle_folder(folder)
         raise
-    _sync(folder.parent)
+    sync(folder.parent)
     shutil.rmtree(previous, ignore_errors=True)
 
 
@@ -67,44 +71,6 @@ def readable_folder(folder: Path) -> Path:
     renames of :func:`write_folder`. A reader renames nothing: the writer may be at work."""
     previous = folder.with_name(folder.name + ".old")
     return previous if not folder.exists() and previous.exists() else folder
-
-
-def write_file(path: Path, text: str) -> None:
-    """Write a text file whole or not at all.
-
-    Raises:
-        OSError: the disk is full or the place cannot be written; an old file stays.
-    """
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with named_errors(path), temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
-@contextlib.contextmanager
-def named_errors(path: Path) -> Iterator[None]:
-    """Give an OSError the file's name: writing to an open file that fails tells none."""
-    try:
-        yield
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, str(path)) from None
-
-
-def _sync(path: Path) -> None:
-    # Some systems cannot open a folder for syncing; the rename is still ordered after the files.
-    with contextlib.suppress(PermissionError, IsADirectoryError):
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            with named_errors(path):
-                os.fsync(handle)
-        finally:
-            os.close(handle)
 
 
 def save_tensors(

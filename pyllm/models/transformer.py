@@ -7,18 +7,14 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from pyllm._checks import shown
-from pyllm._memory import check_memory
 from pyllm.layers import MLP, CausalSelfAttention, Dispatcher, KVCache, MoE, RouterStatistics
+from pyllm.layers._checks import check_fits
 from pyllm.layers.norm import NORMS
 from pyllm.layers.position import LearnedPositions, RotaryTable, SinusoidalPositions
 from pyllm.models.config import ModelConfig
 from pyllm.models.counting import count_parameters
 from pyllm.ops import linear_cross_entropy
 from pyllm.ops._checks import check_index_range, check_integer, check_same_device, check_shape
-
-MAX_PARAMETERS = 10**13
-"""Ten times the largest published model; beyond, a tensor's size in bytes would leave int64."""
-
 
 IGNORE_INDEX = -100
 """The target of a position that does not count in the loss."""
@@ -249,17 +245,13 @@ class Transformer(nn.Module):
 
 
 def _check_fits(config: ModelConfig) -> None:
-    """Refuse before the first tensor is made: a system out of memory kills without a word."""
+    """The whole, and not only each of its layers."""
     if not isinstance(config, ModelConfig):
         raise ValueError(f"Transformer: config must be a ModelConfig, got {shown(config)}")
     parameters = count_parameters(config).total
-    # The table of rotary or sinusoidal positions; made in float64, it takes 24 bytes a number.
+    # The table of rotary or sinusoidal positions.
     row = {"rope": config.head_dim // 2, "learned": 0, "sinusoidal": config.d_model}
     table = config.max_seq_len * row[config.position]
     what = f"a model of {parameters:,} parameters with a context of {config.max_seq_len:,} tokens"
-    if parameters + table > MAX_PARAMETERS:
-        raise ValueError(f"{what} is larger than any; expected at most {MAX_PARAMETERS:,} numbers")
-    probe = torch.empty(0)
-    if type(probe) is Tensor and probe.device.type == "cpu":  # neither meta nor fake
-        needed = probe.element_size() * parameters + 24 * table
-        check_memory(what, needed, "make it narrower, shallower, or with fewer experts or words")
+    remedy = "make it narrower, shallower, or with fewer experts or words"
+    check_fits(what, parameters, table, remedy)

@@ -77,12 +77,6 @@ def check_flag(op: str, name: str, value: Any) -> None:
         raise ValueError(f"{op}: {name} must be True or False, got {shown(value)}")
 
 
-def check_choice(op: str, name: str, value: Any, choices: tuple[str, ...]) -> None:
-    """One of some words."""
-    if not isinstance(value, str) or value not in choices:
-        raise ValueError(f"{op}: {name} must be one of {', '.join(choices)}, got {shown(value)}")
-
-
 def check_same_dtype(op: str, **tensors: Tensor) -> None:
     """All tensors share one dtype."""
     if len({tensor.dtype for tensor in tensors.values()}) > 1:

@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 
+from pyllm._checks import check_choice
 from pyllm.ops._checks import (
     LARGEST_INT,
-    check_choice,
     check_floating,
     check_index_range,
     check_integer,
@@ -46,7 +46,7 @@ def linear_cross_entropy(
         ValueError: wrong shape, dtype or device, unknown reduction; on the CPU also a target out
             of range.
     """
-    check_choice("linear_cross_entropy", "reduction", reduction, REDUCTIONS)
+    check_choice("linear_cross_entropy: reduction", reduction, REDUCTIONS)
     ignore_index = check_whole("linear_cross_entropy", "ignore_index", ignore_index, -LARGEST_INT)
     check_floating("linear_cross_entropy", x=x, weight=weight)
     check_integer("linear_cross_entropy", targets=targets)

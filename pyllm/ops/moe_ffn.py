@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
+from pyllm._checks import check_choice
 from pyllm.ops._checks import (
-    check_choice,
     check_floating,
     check_index_range,
     check_integer,
@@ -49,7 +49,7 @@ def moe_ffn(
         ValueError: wrong shape, dtype or device, unknown activation; on the CPU also an expert
             out of range.
     """
-    check_choice("moe_ffn", "activation", activation, ACTIVATIONS)
+    check_choice("moe_ffn: activation", activation, ACTIVATIONS)
     check_floating("moe_ffn", x=x, w_in=w_in, w_out=w_out, weights=weights)
     check_integer("moe_ffn", experts=experts)
     check_shape("moe_ffn", "x", x, ("N", "D"))

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
@@ -23,7 +23,8 @@ import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
 
 from pyllm._checks import check_size, check_text, check_texts, one_line, shown
-from pyllm.tokenizers.lossless import ALPHABET, check_lossless
+from pyllm._durable import write_file
+from pyllm.tokenizers.lossless import ALPHABET, SPLITS, check_lossless
 
 END_OF_TEXT = "<|endoftext|>"
 PAD = "<|pad|>"
@@ -34,9 +35,9 @@ SPECIAL_TOKENS = (END_OF_TEXT, PAD, "<|im_start|>", "<|im_end|>")
 TOKENIZER_FILE = "tokenizer.json"
 N_BYTES = 256
 
-# GPT-2's split, but for the digits: one a piece, so that numbers are written in one way only and a
-# small vocabulary is not spent on years and prices.
-WORDS = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+# White space in a row that a text may hold. At every one of 10,000,000 the pattern of Llama 3 turns
+# back in search of a line break; the library then panics.
+MAX_SPACES = 5_000_000
 
 # Longest token, in bytes: a ruler of 500 equals signs in the training text is not worth an id.
 MAX_TOKEN_BYTES = 32
@@ -44,6 +45,11 @@ MAX_TOKEN_BYTES = 32
 # The library sets this many places aside, and ends the process where there is no room for them:
 # 283 GB at 2**32. The largest vocabularies in use have about 262,000.
 MAX_VOCAB_SIZE = 2**20
+
+# Characters of a word, or of white space in a row, that the trainer is given at once.
+GIANT = 1000
+_GIANT_SPACE = re.compile(rf"\s{{{GIANT}}}")
+_GIANT_RUN = re.compile(rf"(\S{{{GIANT}}}|\s{{{GIANT}}})")
 
 RETRAIN = "train one with scripts/train_tokenizer.py"
 
@@ -112,9 +118,10 @@ class Tokenizer:
         """Token ids of `text`.
 
         With `allow_special`, special tokens spelled out in `text` become their ids. Raises
-        ValueError for a text that has no UTF-8 form (a lone surrogate).
+        ValueError for a text that has no UTF-8 form (a lone surrogate), or over 5,000,000 white
+        spaces in a row.
         """
-        check_text(text)
+        _check_spaces(check_text(text))
         backend = self._special_backend if allow_special else self._backend
         with _panic_as_value_error():
             return list(backend.encode(text, add_special_tokens=False).ids)
@@ -125,6 +132,8 @@ class Tokenizer:
         Raises ValueError for a text that is no str or has no UTF-8 form, and for a single str.
         """
         texts = list(check_texts(texts))
+        for text in texts:
+            _check_spaces(text)
         with _panic_as_value_error():
             encodings = self._backend.encode_batch_fast(texts, add_special_tokens=False)
         return [encoding.ids for encoding in encodings]
@@ -159,15 +168,7 @@ class Tokenizer:
         path = Path(path)
         file = path if path.suffix == ".json" else path / TOKENIZER_FILE
         file.parent.mkdir(parents=True, exist_ok=True)
-        temporary = file.with_name(f"{file.name}.{os.getpid()}.tmp")
-        try:
-            with temporary.open("w", encoding="utf-8") as stream:
-                stream.write(self._backend.to_str(pretty=True))
-                stream.flush()
-                os.fsync(stream.fileno())
-            temporary.replace(file)
-        finally:
-            temporary.unlink(missing_ok=True)
+        write_file(file, self._backend.to_str(pretty=True))
         return file
 
     @classmethod
@@ -181,6 +182,7 @@ class Tokenizer:
         if file.is_dir():
             file = file / TOKENIZER_FILE
         text = _read_text(file, "tokenizer", RETRAIN)
+        _check_prefix(file, text)
         try:
             # The library raises a bare Exception, whatever is wrong with the file.
             with _panic_as_value_error():
@@ -275,7 +277,7 @@ def train_bpe(
         )
     split = pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(Regex(WORDS), behavior="isolated"),
+            pre_tokenizers.Split(Regex(SPLITS["pyllm"]), behavior="isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
@@ -295,13 +297,25 @@ def train_bpe(
         nonlocal seen
         for text in documents:
             seen = seen or bool(text)
-            yield text
+            yield from _without_giants(text)
 
     with _panic_as_value_error():
         backend.train_from_iterator(checked(), trainer=trainer)
     if not seen:
         raise ValueError("there is no text to train a tokenizer on: every document is empty")
     return Tokenizer(backend)
+
+
+def _without_giants(text: str) -> Iterator[str]:
+    """The text, cut within words (or runs of spaces) of over ``GIANT`` characters.
+
+    The trainer goes through a whole word at each merge that concerns it: one word of two million
+    letters, as in a file without spaces, kept it busy for over nine minutes.
+    """
+    if max(map(len, text.split()), default=0) > GIANT or _GIANT_SPACE.search(text):
+        yield from _GIANT_RUN.split(text)
+    else:
+        yield text
 
 
 def _byte_level(model: Any, split: Any) -> tokenizers.Tokenizer:
@@ -315,10 +329,33 @@ def _special(token: str) -> AddedToken:
     return AddedToken(token, special=True, normalized=False)
 
 
+def _check_spaces(text: str) -> None:
+    if len(text) > MAX_SPACES:
+        longest = max((len(run[0]) for run in re.finditer(r"\s+", text)), default=0)
+        if longest > MAX_SPACES:
+            raise ValueError(
+                f"the text has {longest:,} white-space characters in a row; expected at most "
+                f"{MAX_SPACES:,}"
+            )
+
+
+def _check_prefix(file: Path, text: str) -> None:
+    # The library panics over one while it reads the file, before anything else can look at it.
+    try:
+        prefix = json.loads(text)["model"]["continuing_subword_prefix"]
+    except (ValueError, RecursionError, LookupError, TypeError):
+        return  # no tokenizer.json, as the library will say, or one without the key
+    if prefix:
+        raise ValueError(
+            f"{file}: its model.continuing_subword_prefix is {shown(prefix)}; expected null; "
+            f"{RETRAIN}"
+        )
+
+
 @contextmanager
 def _panic_as_value_error() -> Iterator[None]:
-    # A Rust panic arrives as a BaseException, which no `except Exception` stops: a split pattern
-    # that backtracks without end, for one.
+    # A Rust panic arrives as a BaseException, which no `except Exception` stops. Those that are
+    # known are headed off, for a panic has written to the terminal by now.
     try:
         yield
     except BaseException as error:

@@ -17,6 +17,22 @@ from pyllm._checks import shown
 ALPHABET = frozenset(pre_tokenizers.ByteLevel.alphabet())
 """The 256 characters that stand for the bytes."""
 
+_REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_TO_LETTERS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+"
+SPLITS = {
+    # GPT-2's, but for the digits: one a piece, so that numbers are written in one way only and a
+    # small vocabulary is not spent on years and prices.
+    "pyllm": r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
+    "GPT-2": r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
+    "GPT-4 and Llama 3": rf"{_TO_LETTERS}|\p{{N}}{{1,3}}|{_REST}",
+    "Qwen2": rf"{_TO_LETTERS}|\p{{N}}|{_REST}",
+}
+"""Regular expressions that cut a text into words, as the tokenizer.json of these models has them.
+
+Any other is refused: one that backtracks without end, such as `(a+)+$`, makes the library panic,
+and its report of some sixty lines cannot be kept from the terminal.
+"""
+
 
 def check_lossless(content: Mapping[str, Any], vocab: Mapping[str, int]) -> None:
     """Raises ValueError unless ``decode(encode(text)) == text`` holds for every text.
@@ -50,7 +66,7 @@ def _expect_nothing(name: str, value: object) -> None:
 
 
 def _check_split(split: Any) -> None:
-    """Any cuts that remove nothing, then the step that turns bytes into characters."""
+    """Known cuts that remove nothing, then the step that turns bytes into characters."""
     parts = split["pretokenizers"] if split and split["type"] == "Sequence" else [split or {}]
     *cuts, last = parts or [{}]
     if last.get("type") != "ByteLevel" or last["add_prefix_space"]:
@@ -62,6 +78,11 @@ def _check_split(split: Any) -> None:
         kept = cut["type"] == "Split" and cut["behavior"] != "Removed"
         if not kept and cut["type"] != "Digits":
             raise ValueError(f"its pre_tokenizer may drop text: {shown(cut)}; expected only Split")
+        if cut["type"] == "Split" and cut["pattern"].get("Regex") not in SPLITS.values():
+            raise ValueError(
+                f"its pre_tokenizer splits at {shown(cut['pattern'])}; expected the pattern of "
+                f"{', '.join(SPLITS)}"
+            )
 
 
 def _check_ids(vocab: Mapping[str, int]) -> None:

@@ -11,12 +11,13 @@ from torch import Tensor
 from pyllm.reference import attention as reference
 
 
-def _served(q_BTHK: Tensor, k_BSGK: Tensor, causal: bool, window: int) -> bool:
+def _served(q_BTHK: Tensor, k_BSGK: Tensor, scale: float, causal: bool, window: int) -> bool:
     return (
         q_BTHK.device.type == "cpu"
         and q_BTHK.numel() > 0
         and k_BSGK.numel() > 0  # the kernel divides by the number of keys
         and window == 0
+        and scale > 0  # the mask's -inf is scaled too: by 0 it is NaN, by -1 it is inf
         and (not causal or q_BTHK.shape[1] == k_BSGK.shape[1])
     )
 
@@ -35,7 +36,7 @@ def attention_forward(
     q_BTHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, scale: float, causal: bool, window: int
 ) -> tuple[Tensor, Tensor]:
     """See :func:`pyllm.reference.attention.attention_forward`."""
-    if not _served(q_BTHK, k_BSGK, causal, window):
+    if not _served(q_BTHK, k_BSGK, scale, causal, window):
         return reference.attention_forward(q_BTHK, k_BSGK, v_BSGK, scale, causal, window)
     n_heads = q_BTHK.shape[2]
     y_BHTK, lse_BHT = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
@@ -61,7 +62,7 @@ def attention_backward(
     window: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See :func:`pyllm.reference.attention.attention_backward`."""
-    if not _served(q_BTHK, k_BSGK, causal, window):
+    if not _served(q_BTHK, k_BSGK, scale, causal, window):
         return reference.attention_backward(
             dy_BTHK, q_BTHK, k_BSGK, v_BSGK, y_BTHK, lse_BHT, scale, causal, window
         )

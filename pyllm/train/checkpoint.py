@@ -1,8 +1,9 @@
 """The checkpoint of a run: the model folder, and beside it all that is needed to go on exactly.
 
-``train_state/`` holds ``optimizer.safetensors`` and ``state.json``: step, optimizer settings, loss
-scaler, every random generator, the best validation loss. No pickle. The folder's manifest covers
-all files, so that weights of one step never meet the optimizer of another.
+``train_state/`` holds ``optimizer.safetensors`` and ``state.json``: step, loss scaler, every random
+generator, the best validation loss. No pickle. The folder's manifest covers all files, so that
+weights of one step never meet the optimizer of another. The optimizers' settings are not in it:
+they follow from those of the run.
 """
 
 import json
@@ -29,6 +30,7 @@ from pyllm.models.durable import (
 )
 from pyllm.models.folder import load_weights, write_model
 from pyllm.tokenizers import Tokenizer
+from pyllm.train.optimizer import empty_state
 
 WEIGHTS, OPTIMIZER, STATE = (
     "model.safetensors",
@@ -87,13 +89,12 @@ def save_checkpoint(
     def fill(temporary: Path) -> None:
         write_model(temporary, model, tokenizer)
         (temporary / "train_state").mkdir()
-        tensors, groups = _pack_optimizers(optimizers)
+        tensors = _pack_optimizers(optimizers)
         tensors |= {f"rng.{name}": value for name, value in _generators().items()}
         save_tensors(tensors, temporary / OPTIMIZER)
         content = {
             "progress": vars(progress),
             "settings": settings,
-            "optimizers": groups,
             "scaler": scaler.state_dict(),
             "python_rng": random.getstate(),
             "numpy_rng": _numpy_state(),
@@ -129,8 +130,7 @@ def load_checkpoint(
     load_weights(model, folder / WEIGHTS)
     try:
         progress = Progress(**content["progress"])
-        _unpack_optimizers(optimizers, tensors, content["optimizers"])
-        scaler.load_state_dict(content["scaler"])
+        _restore_scaler(scaler, content["scaler"])
         _restore_generators(tensors, content)
     except (
         KeyError,
@@ -142,6 +142,7 @@ def load_checkpoint(
         RuntimeError,
     ) as error:
         raise ValueError(f"{path}: not the state of a training run ({error!r})") from None
+    _unpack_optimizers(optimizers, tensors, folder / OPTIMIZER, progress)
     return progress
 
 
@@ -183,38 +184,57 @@ def _require_settings(folder: Path, saved: Any, settings: dict[str, Any]) -> Non
             )
 
 
-def _pack_optimizers(optimizers: list[Optimizer]) -> tuple[dict[str, Tensor], list[Any]]:
+def _pack_optimizers(optimizers: list[Optimizer]) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
-    settings = []
     for number, optimizer in enumerate(optimizers):
-        state = optimizer.state_dict()
-        for index, values in state["state"].items():
+        for index, values in optimizer.state_dict()["state"].items():
             for name, value in values.items():
                 tensors[f"{number}.{index}.{name}"] = value.detach().cpu().contiguous()
-        settings.append(state["param_groups"])
-    return tensors, settings
+    return tensors
 
 
 def _unpack_optimizers(
-    optimizers: list[Optimizer], tensors: dict[str, Tensor], settings: list[Any]
+    optimizers: list[Optimizer], tensors: dict[str, Tensor], path: Path, progress: Progress
 ) -> None:
-    for number, (optimizer, groups) in enumerate(zip(optimizers, settings, strict=True)):
+    # load_state_dict takes any shape and any settings: the next step would fail, or go uphill.
+    expected = {
+        f"{number}.{index}.{name}": value
+        for number, optimizer in enumerate(optimizers)
+        for index, values in empty_state(optimizer).items()
+        for name, value in values.items()
+    }
+    saved = {name: value for name, value in tensors.items() if not name.startswith("rng.")}
+    stepped = progress.step > progress.skipped_steps
+    if (saved or stepped) and (odd := sorted(saved.keys() ^ expected.keys())):
+        raise ValueError(
+            f"{path}: not the optimizer state of this run: {len(saved)} tensors, expected "
+            f"{len(expected)} ({shown(odd[0])} is in one only); restore it"
+        )
+    for name, value in saved.items():
+        if (value.shape, value.dtype) != (expected[name].shape, expected[name].dtype):
+            raise ValueError(
+                f"{path}: {name} has shape {tuple(value.shape)} and dtype {value.dtype}, expected "
+                f"{tuple(expected[name].shape)} and {expected[name].dtype}; restore it"
+            )
+    for number, optimizer in enumerate(optimizers):
         state: dict[int, dict[str, Tensor]] = {}
-        for key, value in tensors.items():
-            owner, _, rest = key.partition(".")
+        for key, value in saved.items():
+            owner, index, name = key.split(".")
             if owner == str(number):
-                index, _, name = rest.partition(".")
                 state.setdefault(int(index), {})[name] = value
-        # load_state_dict takes any shape, and the next step would fail, or broadcast.
-        parameters = [each for group in optimizer.param_groups for each in group["params"]]
-        for at, values in state.items():
-            for name, value in values.items():
-                if value.dim() and value.shape != parameters[at].shape:
-                    raise ValueError(
-                        f"{name} of parameter {at} has shape {tuple(value.shape)}, not "
-                        f"{tuple(parameters[at].shape)}"
-                    )
-        optimizer.load_state_dict({"state": state, "param_groups": groups})
+        optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
+
+
+def _restore_scaler(scaler: torch.amp.GradScaler, saved: dict[str, Any]) -> None:
+    fresh = scaler.state_dict()
+    if not fresh:  # no loss scaling in this dtype
+        return
+    scale, tracker = saved["scale"], saved["_growth_tracker"]
+    if not (isinstance(scale, float) and 0 < scale < float("inf")) or not (
+        type(tracker) is int and 0 <= tracker < fresh["growth_interval"]
+    ):
+        raise ValueError(f"no scaler has scale {shown(scale)}, growth tracker {shown(tracker)}")
+    scaler.load_state_dict(fresh | {"scale": scale, "_growth_tracker": tracker})
 
 
 def _generators() -> dict[str, Tensor]:

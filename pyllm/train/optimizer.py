@@ -4,7 +4,7 @@ import math
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from pyllm.train.config import TrainConfig
@@ -57,3 +57,16 @@ def make_optimizers(
             )
         )
     return optimizers
+
+
+def empty_state(optimizer: Optimizer) -> dict[int, dict[str, Tensor]]:
+    """What ``optimizer`` keeps for each of its parameters once it has stepped: names, shapes and
+    dtypes, of tensors without content (on the device ``meta``)."""
+    parameters = [each for group in optimizer.param_groups for each in group["params"]]
+    names = ["momentum_buffer"] if isinstance(optimizer, Muon) else ["exp_avg", "exp_avg_sq"]
+    state = {}
+    for index, parameter in enumerate(parameters):
+        state[index] = {name: torch.empty_like(parameter, device="meta") for name in names}
+        if not isinstance(optimizer, Muon):
+            state[index]["step"] = torch.empty((), dtype=torch.float32, device="meta")
+    return state

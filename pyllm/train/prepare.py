@@ -15,9 +15,10 @@ from pyllm.data import (
     write_stories,
     write_tokens,
 )
+from pyllm.data.packing import MAX_TOKENS
 from pyllm.models import ModelConfig
 from pyllm.tokenizers import Tokenizer, train_bpe
-from pyllm.train.config import DataConfig, RunConfig
+from pyllm.train.config import DataConfig, RunConfig, TrainConfig
 
 VALID_STORIES = 500
 VALID_SHARE = 0.02
@@ -49,8 +50,45 @@ def documents(data: DataConfig, seed: int, split: str) -> Iterable[str]:
         return read_texts(
             data.data if split == "train" else data.valid, None, True, data.text_column
         )
-    parts = split_documents(read_texts(data.data, None, True, data.text_column), VALID_SHARE, seed)
+    texts = list(read_texts(data.data, None, True, data.text_column))
+    try:
+        parts = split_documents(texts, VALID_SHARE, seed)
+    except ValueError as error:
+        raise ValueError(f"{data.data}: {error} (--valid)") from None
     return parts[0] if split == "train" else parts[1]
+
+
+def check_batch(train: TrainConfig) -> None:
+    """Could there be such a batch? Asked before any time is spent on the text.
+
+    Raises:
+        ValueError: no; names the flags.
+    """
+    if train.batch_size * train.seq_len > MAX_TOKENS:
+        raise ValueError(
+            f"--train.batch-size {train.batch_size:,} x --train.seq-len {train.seq_len:,} is too "
+            f"large: expected at most {MAX_TOKENS:,} tokens in a batch; lower one of them"
+        )
+
+
+def check_length(train_file: TokenFile, config: RunConfig) -> None:
+    """Does the text fill one sequence?
+
+    Raises:
+        ValueError: no; names the text and the flags.
+    """
+    if len(train_file) < config.train.seq_len:
+        raise ValueError(
+            f"{config.data.data or 'the embedded stories'}: {len(train_file):,} training tokens, "
+            f"but one block needs {config.train.seq_len:,}; give more text "
+            f"({'--data' if config.data.data else '--n-stories'}) or a smaller --train.seq-len"
+        )
+
+
+def tokenizer_place(given: str) -> Path:
+    """Where the tokenizer lies; a run keeps its own among its tokens."""
+    place, of_run = Path(given), Path(given, "tokens", "tokenizer.json")
+    return of_run if of_run.is_file() and not (place / "tokenizer.json").exists() else place
 
 
 def prepare_text(config: RunConfig, folder: Path) -> Text:
@@ -66,7 +104,7 @@ def prepare_text(config: RunConfig, folder: Path) -> Text:
     if config.resume and saved.exists():
         tokenizer = Tokenizer.load(saved)
     elif config.data.tokenizer:
-        tokenizer = Tokenizer.load(config.data.tokenizer)
+        tokenizer = Tokenizer.load(tokenizer_place(config.data.tokenizer))
     else:
         texts = documents(config.data, config.train.seed, "train")
         tokenizer = train_bpe(texts, config.model.vocab_size)

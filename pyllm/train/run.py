@@ -18,8 +18,16 @@ from pyllm.models.durable import write_file
 from pyllm.train.config import RunConfig
 from pyllm.train.device import apply_threads, autocast, choose_device, choose_dtype
 from pyllm.train.interrupt import Terminated, terminable
+from pyllm.train.lock import run_lock
 from pyllm.train.log import RunLog, draw
-from pyllm.train.prepare import fit_model, fits_val_bpb, prepare_text, prepare_tokens
+from pyllm.train.prepare import (
+    check_batch,
+    check_length,
+    fit_model,
+    fits_val_bpb,
+    prepare_text,
+    prepare_tokens,
+)
 from pyllm.train.run_folder import (
     checkpoint_to_resume,
     default_folder,
@@ -29,7 +37,9 @@ from pyllm.train.run_folder import (
     read_run_config,
     refuse_other_flags,
     refuse_run_folder,
+    require_run_folder,
     seal_run,
+    vanish_if_refused,
     write_run_config,
 )
 from pyllm.train.trainer import Trainer, TrainingError, seed_everything
@@ -59,7 +69,8 @@ def run_training(config: RunConfig, console: Console | None = None) -> RunResult
     """Prepare the text, train, evaluate, tell a story; everything is kept in the run folder.
 
     Raises:
-        ValueError: settings, data or files that cannot work, with the remedy.
+        ValueError: settings, data or files that cannot work, with the remedy; or another process
+            is training in the run folder.
         OSError: the disk is full or the run folder cannot be written; says what is safe.
         KeyboardInterrupt: after a summary; SystemExit (143) for SIGTERM.
     """
@@ -67,18 +78,25 @@ def run_training(config: RunConfig, console: Console | None = None) -> RunResult
     if config.resume:
         folder = Path(config.resume)
         refuse_other_flags(config)
-        config = read_run_config(folder)
+        require_run_folder(folder)
     else:
         folder = Path(config.out or default_folder(config.preset))
-        refuse_run_folder(folder)
     require_writable(folder)
-    with explained_errors(folder):
-        try:
-            with terminable():
-                return _train_and_score(config, folder, console)
-        except (KeyboardInterrupt, Terminated):
-            print_summary(folder, console)
-            raise
+    with run_lock(folder):
+        if config.resume:
+            config = read_run_config(folder)
+        else:
+            refuse_run_folder(folder)
+        with explained_errors(folder):
+            try:
+                with terminable():
+                    if config.resume:
+                        return _train_and_score(config, folder, console)
+                    with vanish_if_refused(folder):
+                        return _train_and_score(config, folder, console)
+            except (KeyboardInterrupt, Terminated):
+                print_summary(folder, console)
+                raise
 
 
 def _train_and_score(config: RunConfig, folder: Path, console: Console) -> RunResult:
@@ -87,6 +105,7 @@ def _train_and_score(config: RunConfig, folder: Path, console: Console) -> RunRe
     dtype = choose_dtype(config.train.dtype, device)
     seed_everything(config.train.seed)
     started = time.perf_counter()
+    check_batch(config.train)
     checkpoint = checkpoint_to_resume(folder, console) if config.resume else None
     text = prepare_text(config, folder)
     if not config.resume:
@@ -98,6 +117,7 @@ def _train_and_score(config: RunConfig, folder: Path, console: Console) -> RunRe
         folder.mkdir(parents=True, exist_ok=True)
         write_run_config(folder, config)
     train_file, valid_file = prepare_tokens(text, folder, resume=bool(config.resume))
+    check_length(train_file, config)
     seal_run(folder)
     parameters = count_parameters(config.model)
     console.print(

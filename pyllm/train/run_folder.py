@@ -4,6 +4,7 @@ import contextlib
 import errno
 import json
 import math
+import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -14,6 +15,7 @@ from rich.console import Console
 
 from pyllm.models import ModelConfig, preset
 from pyllm.models.durable import (
+    MANIFEST,
     check_manifest,
     read_json,
     read_manifest,
@@ -21,13 +23,17 @@ from pyllm.models.durable import (
     write_file,
     write_manifest,
 )
-from pyllm.train.checkpoint import Progress, check_checkpoint, saved_progress
+from pyllm.train.checkpoint import WEIGHTS, Progress, check_checkpoint, saved_progress
 from pyllm.train.config import TRAIN_PRESETS, DataConfig, RunConfig, TrainConfig
-from pyllm.train.log import METRICS, draw, read_metrics
+from pyllm.train.log import METRICS, SAMPLES, draw, read_metrics
 
 CONFIG = "config.json"
 TOKENS = ("tokens/tokenizer.json", "tokens/train.json", "tokens/valid.json")
 """The sidecars among them hold the sha256 of their .bin files."""
+CHECKPOINTS = ("last", "best", "last.old", "best.old")
+BEGUN = ("tokens", METRICS, SAMPLES, "tensorboard", MANIFEST, CONFIG)
+"""What a run writes before its first checkpoint."""
+SHOWN_RUNS = 3
 FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -44,11 +50,64 @@ def refuse_run_folder(folder: Path) -> None:
     """
     if (folder / CONFIG).exists():
         raise ValueError(f"{folder} already holds a run; give another --out, or --resume {folder}")
-    for name in ("last", "best", "last.old", "best.old", METRICS):
+    for name in (*CHECKPOINTS, *BEGUN):
         if (folder / name).exists():
             raise ValueError(
                 f"{folder} already holds {name} of a run, without its {CONFIG}; give another --out"
             )
+
+
+@contextlib.contextmanager
+def vanish_if_refused(folder: Path) -> Iterator[None]:
+    """Take a new run back that a ValueError ends before its first step.
+
+    It would end the same way each time it is resumed, and block its ``--out``. An OSError or
+    Ctrl-C leaves it: that one can be resumed. :func:`refuse_run_folder` has seen to it that all
+    that goes by these names is the run's own.
+
+    Raises:
+        ValueError: the same.
+    """
+    try:
+        yield
+    except ValueError:
+        metrics = folder / METRICS
+        stepped = metrics.exists() and metrics.stat().st_size > 0
+        if not stepped and not any((folder / name).exists() for name in CHECKPOINTS):
+            for place in (folder / name for name in BEGUN):
+                if place.is_dir():
+                    shutil.rmtree(place)
+                else:
+                    place.unlink(missing_ok=True)
+        raise
+
+
+def require_run_folder(folder: Path) -> None:
+    """Is there a run to resume?
+
+    Raises:
+        ValueError: no; names the run around it, or the runs in it.
+    """
+    if _is_run(folder):
+        return
+    around = [*folder.parents[:2], *folder.absolute().parents[:2]] if folder.exists() else []
+    for place in around:
+        if _is_run(place) and (place / MANIFEST).is_file():
+            what = "a checkpoint" if (folder / WEIGHTS).is_file() else "a part"
+            raise ValueError(f"{folder}: {what} of a run, not the run; give --resume {place}")
+    if (folder / WEIGHTS).is_file():
+        raise ValueError(f"{folder}: a model without its run; there is nothing to resume")
+    runs = [place for place in folder.iterdir() if _is_run(place)] if folder.is_dir() else []
+    if runs:
+        runs.sort(key=lambda place: (place / CONFIG).stat().st_mtime, reverse=True)
+        newest = ", ".join(str(place) for place in runs[:SHOWN_RUNS])
+        raise ValueError(f"{folder}: a folder of runs; --resume one, newest first: {newest}")
+    raise ValueError(f"{folder}: not a run folder (no {CONFIG}); nothing to resume")
+
+
+def _is_run(folder: Path) -> bool:
+    """A checkpoint has a ``config.json`` too, but beside weights."""
+    return (folder / CONFIG).is_file() and not (folder / WEIGHTS).is_file()
 
 
 def refuse_other_flags(config: RunConfig) -> None:
@@ -81,9 +140,8 @@ def read_run_config(folder: Path) -> RunConfig:
     Raises:
         ValueError: not a run folder, a changed file, or unknown settings.
     """
+    require_run_folder(folder)
     path = folder / CONFIG
-    if not path.is_file():
-        raise ValueError(f"{folder}: not a run folder (no config.json); nothing to resume")
     check_run(folder)
     try:
         content: dict[str, Any] = read_json(path)

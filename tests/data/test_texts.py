@@ -3,6 +3,7 @@
 import io
 import json
 import os
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -145,6 +146,22 @@ def test_a_byte_order_mark_before_json_and_a_return_at_the_end(tmp_path):
     assert list(read_texts(path)) == ["a", "b"]
     path = write(tmp_path / "a.txt", b"one\r\r\n<|endoftext|>\ntwo\r")
     assert list(read_texts(path)) == ["one\r", "two\r"]  # one line end less, and no more
+
+
+def test_suffixes_in_capitals(tmp_path):
+    assert list(read_texts(write(tmp_path / "A.TXT", "one"))) == ["one"]
+    assert list(read_texts(write(tmp_path / "A.JsonL", '{"text": "two"}'))) == ["two"]
+    path = write(tmp_path / "A.PARQUET", parquet_bytes("text", ["three"]))
+    assert list(read_texts(path)) == ["three"]
+    with pytest.raises(ValueError, match="data/A.TXT: no such file"):
+        read_texts("data/A.TXT")
+
+
+@pytest.mark.parametrize("name", ["https://a.org/b.txt", "HTTP://a/b", "s3://a/b.jsonl"])
+def test_a_url_is_no_file(name):
+    for place in (name, Path(name)):
+        with pytest.raises(ValueError, match="URLs are not read; download the file"):
+            read_texts(place)
 
 
 def test_bad_names(tmp_path):

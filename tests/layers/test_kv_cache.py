@@ -60,9 +60,9 @@ def test_keys_that_do_not_fit_are_not_spread_over_the_batch(layer, k_shape, v_sh
 @pytest.mark.parametrize(
     ("sizes", "message"),
     [
-        ((2, 0, 10, 2, 4), "batch must be a whole number of at least 1, got 0"),
-        ((2, 3, 10.0, 2, 4), "max_length must be a whole number of at least 1, got 10.0"),
-        ((True, 3, 10, 2, 4), "n_layers must be a whole number of at least 1, got True"),
+        ((2, 0, 10, 2, 4), "batch must be a whole number from 1 to 2,147,483,647, got 0"),
+        ((2, 3, 10.0, 2, 4), "max_length must be a whole number from 1 to 2,147,483,647, got 10.0"),
+        ((True, 3, 10, 2, 4), "n_layers must be a whole number from 1 to 2,147,483,647, got True"),
         ((2, 10**9, 10**6, 2, 4), "1,000,000 positions for 1,000,000,000 seq.* takes .* GB of mem"),
     ],
 )

@@ -93,8 +93,11 @@ def test_nothing_gives_nothing(model, shape):
             r"kv cache: .* shape \(3, T, 1, 4\), got \(2, 3, 1, 4\)",
         ),
         (lambda model: model.new_cache(2, 2), "kv cache: 3 positions do not fit into 2"),
-        (lambda model: model.new_cache(2, 0), "kv cache: max_length must be .* least 1, got 0"),
-        (lambda model: model.new_cache(-1), "kv cache: batch must be .* least 1, got -1"),
+        (
+            lambda model: model.new_cache(2, 0),
+            "kv cache: max_length must be .* from 1 to .*, got 0",
+        ),
+        (lambda model: model.new_cache(-1), "kv cache: batch must be .* from 1 to .*, got -1"),
         (
             lambda model: Transformer(replace(TINY, n_layers=1)).new_cache(2),
             "kv cache: layer must be from 0 to 0, got 1",

@@ -295,7 +295,7 @@ def test_a_kill_between_the_renames_leaves_a_whole_folder(tmp_path, monkeypatch,
             with pytest.raises(Kill):
                 write_folder(target, fill_with("new"))
         else:  # both are made; the kill falls before the old folder is cleared away
-            patch.setattr("pyllm.models.durable._sync", lambda path: None)
+            patch.setattr("pyllm.models.durable.sync", lambda path: None)
             removals = iter([None, None])
 
             def dying_rmtree(path, ignore_errors=False):

@@ -10,8 +10,8 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
+from pyllm.layers._checks import MAX_NUMBERS
 from pyllm.models import ModelConfig, Transformer, count_parameters
-from pyllm.models.transformer import MAX_PARAMETERS
 
 pytestmark = pytest.mark.fuzz
 
@@ -118,7 +118,7 @@ def test_settings_are_refused_or_counted_right(watchdog, settings):
     counted = count_parameters(config)
     assume(config.n_layers < 50)  # what more layers cost is time, even without memory
     with torch.device("meta"):
-        if counted.total > MAX_PARAMETERS:
+        if counted.total > MAX_NUMBERS:
             with pytest.raises(ValueError, match="is larger than any; expected at most"):
                 Transformer(config)
             return

@@ -95,3 +95,11 @@ def test_the_widest_window_is_no_window(face: str) -> None:
     q, k, v = (torch.randn(1, 9, 2, 8) for _ in range(3))
     widest = attention(q, k, v, window=2**63 - 1, face=face)
     torch.testing.assert_close(widest, attention(q, k, v, face=face))
+
+
+@pytest.mark.parametrize("scale", [0.0, -0.5])
+@pytest.mark.parametrize("face", available_faces("attention"))
+def test_a_scale_that_is_not_positive(face: str, scale: float) -> None:
+    q, k, v = (torch.randn(1, 5, 2, 8) for _ in range(3))
+    got = attention(q, k, v, scale=scale, face=face)
+    torch.testing.assert_close(got, attention(q, k, v, scale=scale, face="reference"))

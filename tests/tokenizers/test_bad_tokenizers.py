@@ -2,12 +2,18 @@
 
 import copy
 import json
+import re
+from collections.abc import Callable
 
 import numpy as np
 import pytest
+import tokenizers
 import torch
+from tokenizers import Regex
+from tokenizers.pre_tokenizers import Split
 
 from pyllm.tokenizers import Tokenizer, train_bpe
+from pyllm.tokenizers.lossless import SPLITS
 
 TOKENIZER = train_bpe(["the cat and the hat and the rat"] * 3, 275)
 CONTENT = json.loads(TOKENIZER._backend.to_str())
@@ -49,7 +55,7 @@ def vocab_with(**tokens):
         (b"\xff\xfe", "not UTF-8 at byte 0"),
         (changed("model", "type", to="WordPiece"), "not a tokenizer.json"),
         (changed("model", "merges", to=[["a", "%%"]]), "not a tokenizer.json .*`%%` out of vocab"),
-        (changed("model", "continuing_subword_prefix", to="##"), "not a tokenizer.json|lost"),
+        (changed("model", "continuing_subword_prefix", to="##"), "prefix is '##'; expected null"),
         (changed("model", "end_of_word_suffix", to="</w>"), "end_of_word_suffix is '</w>'"),
         (changed("model", "dropout", to=0.5), "dropout is 0.5, with which texts are lost"),
         (changed("normalizer", to={"type": "Lowercase"}), "normalizer is .*Lowercase.* are lost"),
@@ -63,6 +69,14 @@ def vocab_with(**tokens):
         (
             changed("pre_tokenizer", "pretokenizers", to=[SPLIT, BYTE_LEVEL]),
             "pre_tokenizer may drop text: .*Split",
+        ),
+        (
+            changed(
+                "pre_tokenizer",
+                "pretokenizers",
+                to=[{**SPLIT, "behavior": "Isolated"}, BYTE_LEVEL],
+            ),
+            "pre_tokenizer splits at {'String': ' '}; expected the pattern of pyllm, GPT-2",
         ),
         (
             changed("pre_tokenizer", "pretokenizers", to=[BYTE_LEVEL, BYTE_LEVEL]),
@@ -121,10 +135,14 @@ def test_a_file_that_is_refused(tmp_path, data, message):
         with_added(special=False),
         vocab_with(xy=NEXT),
         changed("pre_tokenizer", to=BYTE_LEVEL),
+        *(
+            changed("pre_tokenizer", "pretokenizers", 0, "pattern", to={"Regex": pattern})
+            for pattern in SPLITS.values()
+        ),
         changed("post_processor", to=BYTE_LEVEL),
         changed("model", "continuing_subword_prefix", to=""),
     ],
-    ids=["special", "added", "unused token", "GPT-2 split", "offsets only", "no prefix"],
+    ids=["special", "added", "unused token", "byte level", *SPLITS, "offsets only", "no prefix"],
 )
 def test_a_file_that_is_let_in(tmp_path, data):
     file = tmp_path / "tokenizer.json"
@@ -150,12 +168,47 @@ def test_no_tokenizer_there(tmp_path):
         Tokenizer.load(tmp_path)
 
 
-def test_a_split_that_backtracks_without_end_is_a_value_error(tmp_path):
-    """In the library it is a panic, which is no Exception."""
+PANICS = {
+    "a split that backtracks without end": (
+        changed("pre_tokenizer", "pretokenizers", 0, "pattern", to={"Regex": "(?:a|a)*b|(a+)+$"}),
+        "splits at {'Regex': '(?:a|a)*b|(a+)+$'}; expected the pattern of pyllm, GPT-2, GPT-4",
+    ),
+    "a prefix longer than a token": (
+        changed("model", "continuing_subword_prefix", to="##"),
+        "continuing_subword_prefix is '##'; expected null",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PANICS)
+def test_nothing_of_a_panic_reaches_the_terminal(tmp_path, capfd, name):
+    """The library writes some sixty lines, which redirect_stderr of Python does not catch."""
+    data, message = PANICS[name]
+    (tmp_path / "tokenizer.json").write_text(data)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        Tokenizer.load(tmp_path).encode("a" * 40 + "b")
+    assert capfd.readouterr() == ("", "")
+
+
+def test_too_many_spaces_in_a_row_do_not_reach_the_library(tmp_path, capfd):
+    """At 10,000,000 the pattern of Llama 3 made it panic."""
+    pattern = {"Regex": SPLITS["GPT-4 and Llama 3"]}
     (tmp_path / "tokenizer.json").write_text(
-        changed("pre_tokenizer", "pretokenizers", 0, "pattern", to={"Regex": "(a+)+$"})
+        changed("pre_tokenizer", "pretokenizers", 0, "pattern", to=pattern)
     )
     tokenizer = Tokenizer.load(tmp_path)
+    text = " " * 10_000_001
+    for encode in (tokenizer.encode, lambda text: tokenizer.encode_batch(["a", text])):
+        with pytest.raises(ValueError, match="10,000,001 white-space characters in a row; expect"):
+            encode(text)
+    assert capfd.readouterr() == ("", "")
+    assert tokenizer.encode("a\n" * 3_000_000)[:2] == tokenizer.encode("a\n")
+
+
+def test_a_panic_that_is_not_known_is_a_value_error():
+    """It is no Exception: no `except` of a script would stop it."""
+    tokenizer = Tokenizer(tokenizers.Tokenizer.from_str(json.dumps(CONTENT)))
+    tokenizer._backend.pre_tokenizer = Split(Regex("(a+)+$"), behavior="isolated")
     for encode in (tokenizer.encode, lambda text: tokenizer.encode_batch([text])):
         with pytest.raises(
             ValueError, match="library gave up .*retry-limit.*; the tokenizer is dam"
@@ -306,3 +359,13 @@ def test_ids_that_cannot_be_decoded(ids, message):
     with pytest.raises(ValueError, match=message) as error:
         TOKENIZER.decode(ids)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("text", ["a" * 2_000_000, " " * 2_000_000, "ab" * 500_000])
+def test_a_text_that_is_one_word_is_trained_on_in_seconds(
+    text: str, watchdog: Callable[[], None]
+) -> None:
+    """Two million letters without a space once took over nine minutes."""
+    watchdog()
+    tokenizer = train_bpe([text, "once upon a time " * 50], 400)
+    assert tokenizer.decode(tokenizer.encode(text)) == text
