@@ -55,12 +55,12 @@ def refused(config: RunConfig, match: str) -> None:
 )
 @pytest.mark.parametrize("there", [True, False])
 def test_a_refused_text_leaves_no_run(
-    config: RunConfig, tmp_path: Path, data: dict[str, str], message: str, there: bool
+    config: RunConfig, tmp_path: Path, data: dict[str, Any], message: str, there: bool
 ) -> None:
     out = Path(config.out)
     if not there:
         shutil.rmtree(out)
-    places = {name: file and str(tmp_path / file) for name, file in data.items()}
+    places: dict[str, Any] = {name: file and str(tmp_path / file) for name, file in data.items()}
     wrong = replace(config, data=replace(config.data, **places))
     for _ in range(2):
         refused(wrong, message)

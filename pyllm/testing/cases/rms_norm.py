@@ -70,9 +70,10 @@ RMS_NORM = Operation(
     bench={"moe-tiny": {"N": 8192, "D": 256}, "wide": {"N": 2048, "D": 2048}},
     # x and weight are read, y is written; square, add, two products an element.
     work=lambda s, item: (4.0 * s["N"] * s["D"], item * (2.0 * s["N"] * s["D"] + s["D"])),
-    # A row of one element is its own root mean square: only eps keeps dx from zero.
+    # A row of one element is its own root mean square: only eps keeps dx from zero, and dweight is
+    # one sum of numbers with random signs, of which little may be left.
     degenerate=lambda s: (
-        frozenset({"dx"} if s["D"] == 1 else ())
+        frozenset({"dx", "dweight"} if s["D"] == 1 else ())
         | frozenset({"dx", "dweight"} if s["N"] == 0 else ())
     ),
     mutants=MUTANTS,
