@@ -63,7 +63,7 @@ def at_call(owner, name, number, act):
 if where == "before_the_tokenizer_is_there":
     at_call(Tokenizer, "save", 1, die)
 elif where == "before_the_sidecar_is_there":
-    at_call(token_file, "_write_sidecar", 2, die)
+    at_call(token_file, "write_file", 2, die)
 elif where == "between_checkpoints":
     at_call(Trainer, "step", 9, die)
 elif where == "in_the_middle_of_a_checkpoint":
