@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from pyllm._checks import shown
+from pyllm.cpu_kernels._launch import require_range
 
 FLOATING_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 INDEX_DTYPES = (torch.int32, torch.int64)
@@ -121,17 +122,15 @@ def check_index_range(
     Checked on the CPU only: elsewhere reading the values would wait for the device, and fake and
     compiled tensors have none.
     """
+    if _readable(indices):
+        require_range(op, name, indices, limit, ignore_index)
+
+
+def _readable(indices: Tensor) -> bool:
+    """Are there values to look at, on the CPU and now?"""
     if torch.compiler.is_compiling() or type(indices) is not Tensor:
-        return
-    if indices.device.type != "cpu" or indices.numel() == 0:
-        return
-    if ignore_index is not None:
-        indices = indices.where(indices != ignore_index, 0)
-    low, high = (int(bound) for bound in torch.aminmax(indices))
-    if low < 0 or high >= limit:
-        raise ValueError(
-            f"{op}: {name} must be between 0 and {limit - 1}, got values from {low} to {high}"
-        )
+        return False
+    return indices.device.type == "cpu" and indices.numel() > 0
 
 
 def check_row_count(op: str, name: str, indices: Tensor) -> None:
@@ -145,9 +144,7 @@ def check_row_count(op: str, name: str, indices: Tensor) -> None:
 
 def check_permutation(op: str, name: str, indices: Tensor) -> None:
     """Every number from 0 to the number of entries less one occurs once. On the CPU only, too."""
-    if torch.compiler.is_compiling() or type(indices) is not Tensor:
-        return
-    if indices.device.type != "cpu" or indices.numel() == 0:
+    if not _readable(indices):
         return
     counts = torch.bincount(indices.reshape(-1), minlength=indices.numel())
     if int(counts.max()) > 1:

@@ -1,8 +1,7 @@
 """A model folder in which anything may have happened: refused in one line, or loaded right."""
 
 import json
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from safetensors.torch import load_file
 
 from pyllm.models import ModelConfig, Transformer, load_model, save_model
 from pyllm.models.durable import MANIFEST
+from pyllm.testing.damage import changed, harms
 from pyllm.tokenizers import train_bpe
 
 READ = ("model.safetensors", "config.json", "tokenizer.json")
@@ -46,59 +46,6 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Folders:
         save_model(place / "model", model, tokenizer)
         contents.append({name: (place / "model" / name).read_bytes() for name in WRITTEN})
     return Folders(place / "model", contents, model)
-
-
-@st.composite
-def harms(draw: st.DrawFn, names: tuple[str, ...]) -> tuple[str, Callable[..., Any]]:
-    """A file's name, and a function from its bytes and the other folder's to what is then there:
-    bytes, None for nothing, a dict for a folder."""
-    name = draw(st.sampled_from(names))
-    where = draw(st.floats(0, 1, exclude_max=True))
-    # The header of a safetensors file is a tenth of it, and where its parser is.
-    where = where / 10 if draw(st.booleans()) else where
-    blob = draw(st.binary(min_size=1, max_size=8))
-    bit = draw(st.integers(0, 7))
-
-    def flip(old: bytes, other: bytes) -> bytes:
-        at = int(where * len(old))
-        return old[:at] + bytes([old[at] ^ 1 << bit]) + old[at + 1 :]
-
-    def splice(old: bytes, other: bytes) -> bytes:
-        at = int(where * len(old))
-        return old[:at] + blob + old[at + len(blob) :]
-
-    kinds: list[Callable[[bytes, bytes], Any]] = [
-        flip,
-        splice,
-        lambda old, other: old[: int(where * len(old))],
-        lambda old, other: old[int(where * len(old)) :],
-        lambda old, other: old[: int(where * len(old))] + blob + old[int(where * len(old)) :],
-        lambda old, other: old + blob,
-        lambda old, other: old * 2,
-        lambda old, other: blob,
-        lambda old, other: b"",
-        lambda old, other: bytes(len(old)),
-        lambda old, other: other,
-        lambda old, other: None,
-        lambda old, other: {},
-    ]
-    return name, draw(st.sampled_from(kinds))
-
-
-@contextmanager
-def changed(path: Path, content: Any) -> Iterator[None]:
-    old = path.read_bytes()
-    path.unlink()
-    if isinstance(content, dict):
-        path.mkdir()
-    elif content is not None:
-        path.write_bytes(content)
-    try:
-        yield
-    finally:
-        if isinstance(content, dict):
-            path.rmdir()
-        path.write_bytes(old)
 
 
 def load_or_refuse(folder: Path) -> tuple[dict[str, torch.Tensor], ModelConfig] | None:

@@ -13,7 +13,7 @@ import torch
 from pyllm.data import TokenFile, write_stories, write_tokens
 from pyllm.models import ModelConfig, Transformer
 from pyllm.tokenizers import Tokenizer, train_bpe
-from pyllm.train import TrainConfig, Trainer
+from pyllm.train import DataConfig, RunConfig, TrainConfig, Trainer
 from pyllm.train.checkpoint import load_checkpoint, save_checkpoint
 from pyllm.train.trainer import seed_everything
 
@@ -68,6 +68,34 @@ def tiny() -> ModelConfig:
 def quick() -> dict[str, Any]:
     """Settings of `TrainConfig` for a run of a second."""
     return dict(QUICK)
+
+
+@pytest.fixture(scope="session")
+def make_run() -> Callable[..., RunConfig]:
+    """A run of a second in a folder, from texts that are written there; its checkpoints are of
+    200 kB. Keywords go to `TrainConfig`."""
+
+    def make(folder: Path, **train: Any) -> RunConfig:
+        for name, count in (("train", 60), ("valid", 3)):
+            text = "\n<|endoftext|>\n".join(write_stories(count, 0, name))
+            (folder / f"{name}.txt").write_text(text, encoding="utf-8")
+        return RunConfig(
+            out=str(folder / "whole"),
+            model=ModelConfig(vocab_size=300, max_seq_len=1024, n_layers=1, d_model=16, d_ff=16),
+            data=DataConfig(data=str(folder / "train.txt"), valid=str(folder / "valid.txt")),
+            train=TrainConfig(
+                batch_size=2,
+                seq_len=16,
+                warmup_steps=2,
+                eval_tokens=32,
+                dtype="float32",
+                device="cpu",
+                threads=1,
+                **train,
+            ),
+        )
+
+    return make
 
 
 @pytest.fixture

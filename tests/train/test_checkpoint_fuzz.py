@@ -3,8 +3,7 @@
 import copy
 import json
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from hypothesis import strategies as st
 
 from pyllm.models import ModelConfig
 from pyllm.models.durable import MANIFEST, write_manifest
+from pyllm.testing.damage import changed, harms
 from pyllm.train import Trainer
 from pyllm.train.checkpoint import OPTIMIZER, STATE, WEIGHTS, load_checkpoint
 
@@ -81,57 +81,6 @@ def saved(
         save(trainer, tmp_path / "last")
         contents.append({name: (tmp_path / "last" / name).read_bytes() for name in READ})
     return Saved(trainer, tmp_path / "last", contents)
-
-
-@st.composite
-def harms(draw: st.DrawFn, names: tuple[str, ...]) -> tuple[str, Callable[..., Any]]:
-    """A file's name, and a function from its bytes, and those of the checkpoint before, to what
-    is then there: bytes, None for nothing, a dict for a folder."""
-    name = draw(st.sampled_from(names))
-    where = draw(st.floats(0, 1, exclude_max=True))
-    # The header of a safetensors file is a tenth of it, and where its parser is.
-    where = where / 10 if draw(st.booleans()) else where
-    blob = draw(st.binary(min_size=1, max_size=8))
-    bit = draw(st.integers(0, 7))
-
-    def flip(old: bytes, other: bytes) -> bytes:
-        at = int(where * len(old))
-        return old[:at] + bytes([old[at] ^ 1 << bit]) + old[at + 1 :]
-
-    def splice(old: bytes, other: bytes) -> bytes:
-        at = int(where * len(old))
-        return old[:at] + blob + old[at + len(blob) :]
-
-    kinds: list[Callable[[bytes, bytes], Any]] = [
-        flip,
-        splice,
-        lambda old, other: old[: int(where * len(old))],
-        lambda old, other: old[int(where * len(old)) :],
-        lambda old, other: old + blob,
-        lambda old, other: blob,
-        lambda old, other: b"",
-        lambda old, other: bytes(len(old)),
-        lambda old, other: other,
-        lambda old, other: None,
-        lambda old, other: {},
-    ]
-    return name, draw(st.sampled_from(kinds))
-
-
-@contextmanager
-def changed(path: Path, content: Any) -> Iterator[None]:
-    old = path.read_bytes()
-    path.unlink()
-    if isinstance(content, dict):
-        path.mkdir()
-    elif content is not None:
-        path.write_bytes(content)
-    try:
-        yield
-    finally:
-        if isinstance(content, dict):
-            path.rmdir()
-        path.write_bytes(old)
 
 
 @pytest.mark.fuzz

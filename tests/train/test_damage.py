@@ -1,7 +1,6 @@
 """Each file of a run is cut, changed, emptied, removed, swapped: --resume refuses it, or it ends
 as the undamaged run does. Nothing that was saved is lost by trying."""
 
-import hashlib
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -13,10 +12,10 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file
 
-from pyllm.data import write_stories
-from pyllm.models import ModelConfig, load_model
+from pyllm.models import load_model
 from pyllm.models.durable import MANIFEST, write_manifest
-from pyllm.train import DataConfig, RunConfig, TrainConfig, Trainer, run_training
+from pyllm.testing.damage import digests
+from pyllm.train import RunConfig, Trainer, run_training
 from pyllm.train.checkpoint import OPTIMIZER, STATE, WEIGHTS
 from pyllm.train.log import read_metrics
 
@@ -33,30 +32,10 @@ def fast(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def runs(tmp_path_factory: pytest.TempPathFactory, make_run: Callable[..., RunConfig]) -> Path:
     """`whole`; `stopped` after its fifth step; `other`, stopped there too, with another seed."""
     folder = tmp_path_factory.mktemp("damage")
-    for name, count in (("train", 60), ("valid", 3)):
-        text = "\n<|endoftext|>\n".join(write_stories(count, 0, name))
-        (folder / f"{name}.txt").write_text(text, encoding="utf-8")
-    config = RunConfig(
-        out=str(folder / "whole"),
-        model=ModelConfig(vocab_size=300, max_seq_len=1024, n_layers=1, d_model=16, d_ff=16),
-        data=DataConfig(data=str(folder / "train.txt"), valid=str(folder / "valid.txt")),
-        train=TrainConfig(
-            max_steps=STEPS,
-            batch_size=2,
-            seq_len=16,
-            warmup_steps=2,
-            eval_every=3,
-            eval_tokens=32,
-            save_every=5,
-            sample_every=2,
-            dtype="float32",
-            device="cpu",
-            threads=1,
-        ),
-    )
+    config = make_run(folder, max_steps=STEPS, eval_every=3, save_every=5, sample_every=2)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("pyllm.train.trainer.matmul_peak", lambda device, dtype: 1e11)
         patch.setattr("pyllm.train.run.STORY_TOKENS", 4)
@@ -82,14 +61,6 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(runs: Path, tmp_path: Path) -> Path:
     """A copy of the stopped run, to damage."""
     return Path(shutil.copytree(runs / "stopped", tmp_path / "run"))
-
-
-def contents(folder: Path) -> dict[str, str]:
-    return {
-        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in folder.rglob("*")
-        if path.is_file()
-    }
 
 
 def assert_same(folder: Path, whole: Path) -> None:
@@ -141,7 +112,7 @@ def test_a_damaged_run_is_refused_or_ends_as_the_whole_one(
         path.mkdir()
     elif new is not None:
         path.write_bytes(new)
-    before = contents(run)
+    before = digests(run)
     try:
         run_training(RunConfig(resume=str(run)), Console(quiet=True))
     except (ValueError, OSError) as error:
@@ -149,7 +120,7 @@ def test_a_damaged_run_is_refused_or_ends_as_the_whole_one(
         assert "\n" not in message
         named = Path(name).stem
         assert str(run) in message and named in message, message
-        after = contents(run)
+        after = digests(run)
         # The log file that could not be opened comes last; then the others were opened before.
         for file in before:
             if file not in ("metrics.jsonl", "samples.txt") and file in after:

@@ -1,7 +1,6 @@
 """A full disk, a read-only folder: one line, exit code 2, and all that was saved is still there."""
 
 import errno
-import hashlib
 import json
 import os
 import shutil
@@ -16,9 +15,9 @@ import pytest
 from rich.console import Console
 from safetensors.torch import load_file
 
-from pyllm.data import write_stories
-from pyllm.models import ModelConfig, durable
-from pyllm.train import DataConfig, RunConfig, TrainConfig, Trainer, run_training
+from pyllm.models import durable
+from pyllm.testing.damage import digests
+from pyllm.train import RunConfig, Trainer, run_training
 from pyllm.train.log import Board, GrowingFile, read_metrics
 from pyllm.train.run_folder import saved_progress
 
@@ -33,45 +32,17 @@ def fast(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="module")
-def config(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
-    """A run of a second, whose checkpoints are of 200 kB."""
+def config(
+    tmp_path_factory: pytest.TempPathFactory, make_run: Callable[..., RunConfig]
+) -> RunConfig:
     folder = tmp_path_factory.mktemp("disk")
-    for name, count in (("train", 60), ("valid", 3)):
-        text = "\n<|endoftext|>\n".join(write_stories(count, 0, name))
-        (folder / f"{name}.txt").write_text(text, encoding="utf-8")
-    return RunConfig(
-        out=str(folder / "whole"),
-        model=ModelConfig(vocab_size=300, max_seq_len=1024, n_layers=1, d_model=16, d_ff=16),
-        data=DataConfig(data=str(folder / "train.txt"), valid=str(folder / "valid.txt")),
-        train=TrainConfig(
-            max_steps=STEPS,
-            batch_size=2,
-            seq_len=16,
-            warmup_steps=2,
-            eval_every=4,
-            eval_tokens=32,
-            save_every=3,
-            sample_every=5,
-            dtype="float32",
-            device="cpu",
-            threads=1,
-        ),
-    )
+    return make_run(folder, max_steps=STEPS, eval_every=4, save_every=3, sample_every=5)
 
 
 @pytest.fixture(scope="module")
 def whole(config: RunConfig) -> Path:
     run_training(config, Console(quiet=True))
     return Path(config.out)
-
-
-def contents(folder: Path) -> dict[str, str]:
-    """Every file below the folder and its sha256."""
-    return {
-        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in folder.rglob("*")
-        if path.is_file()
-    }
 
 
 def assert_same(folder: Path, whole: Path) -> None:
@@ -95,7 +66,7 @@ def test_every_failing_call_of_a_checkpoint_leaves_the_one_before(
     """The n-th call that writes, syncs or renames fails, for every n there is."""
     trainer = make_trainer()
     save(trainer, tmp_path / "last")
-    before = contents(tmp_path)
+    before = digests(tmp_path)
     trainer.step(0)
     calls = count = 0
     left = []
@@ -124,7 +95,7 @@ def test_every_failing_call_of_a_checkpoint_leaves_the_one_before(
             else:
                 break
         load(make_trainer(), tmp_path / "last")
-        left.append(contents(tmp_path) == before)
+        left.append(digests(tmp_path) == before)
     # The very last call syncs the folder above: the new checkpoint is in its place by then.
     assert len(left) > 20 and all(left[:-1]) and not left[-1]
     assert os.listdir(tmp_path) == ["last"]
@@ -247,7 +218,7 @@ def test_a_disk_that_really_fills_up(
             file.write(b"\0" * max(free - int(share * needed), 0))
         resume = (run / "config.json").exists()
         safe = saved_progress(run / "last")
-        before = contents(run / "last")
+        before = digests(run / "last")
         try:
             run_training(
                 RunConfig(resume=str(run)) if resume else replace(config, out=str(run)),
@@ -262,7 +233,7 @@ def test_a_disk_that_really_fills_up(
             if after is not None:
                 assert f"the checkpoint of step {after.step} in {run / 'last'} is whole" in message
                 if safe is not None and after.step == safe.step:
-                    assert contents(run / "last") == before
+                    assert digests(run / "last") == before
             else:
                 assert safe is None
         ballast.unlink()
@@ -318,7 +289,7 @@ def test_a_read_only_disk(
 ) -> None:
     disk = small_disk("size=16m")
     shutil.copytree(whole, disk / "old")
-    before = contents(disk)
+    before = digests(disk)
     subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
 
     def train(*args: Any) -> None:
@@ -332,7 +303,7 @@ def test_a_read_only_disk(
         with pytest.raises(ValueError, match=r"cannot write into .*Read-only file system"):
             run_training(settings, Console(quiet=True))
     assert_one_line(script("--out", disk / "run"), "cannot write into", "Read-only file system")
-    assert contents(disk) == before
+    assert digests(disk) == before
 
 
 def test_nothing_of_an_old_run_is_overwritten(
@@ -340,18 +311,18 @@ def test_nothing_of_an_old_run_is_overwritten(
 ) -> None:
     run = tmp_path / "run"
     shutil.copytree(whole, run)
-    before = contents(run)
+    before = digests(run)
     with pytest.raises(
         ValueError, match=f"already holds a run; give another --out, or --resume {run}"
     ):
         run_training(replace(config, out=str(run)), Console(quiet=True))
-    assert contents(run) == before
+    assert digests(run) == before
     (run / "config.json").unlink()
     with pytest.raises(ValueError, match=r"already holds last of a run, without its config.json"):
         run_training(replace(config, out=str(run)), Console(quiet=True))
     with pytest.raises(ValueError, match="not a run folder"):
         run_training(RunConfig(resume=str(run)), Console(quiet=True))
-    assert contents(run) == {k: v for k, v in before.items() if k != "config.json"}
+    assert digests(run) == {k: v for k, v in before.items() if k != "config.json"}
 
 
 def test_json_of_the_result_is_whole_or_not_there(

@@ -15,9 +15,7 @@ import pytest
 from rich.console import Console
 from safetensors.torch import load_file
 
-from pyllm.data import write_stories
-from pyllm.models import ModelConfig
-from pyllm.train import DataConfig, RunConfig, TrainConfig, run_training
+from pyllm.train import RunConfig, run_training
 from pyllm.train.interrupt import Terminated
 from pyllm.train.log import read_metrics
 from pyllm.train.run_folder import saved_progress
@@ -41,30 +39,11 @@ SIGNALS = {signal.SIGINT: KeyboardInterrupt, signal.SIGTERM: Terminated}
 
 
 @pytest.fixture(scope="module")
-def config(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
-    """A run of a second."""
+def config(
+    tmp_path_factory: pytest.TempPathFactory, make_run: Callable[..., RunConfig]
+) -> RunConfig:
     folder = tmp_path_factory.mktemp("interrupts")
-    for name, count in (("train", 60), ("valid", 3)):
-        text = "\n<|endoftext|>\n".join(write_stories(count, 0, name))
-        (folder / f"{name}.txt").write_text(text, encoding="utf-8")
-    return RunConfig(
-        out=str(folder / "whole"),
-        model=ModelConfig(vocab_size=300, max_seq_len=1024, n_layers=1, d_model=16, d_ff=16),
-        data=DataConfig(data=str(folder / "train.txt"), valid=str(folder / "valid.txt")),
-        train=TrainConfig(
-            max_steps=STEPS,
-            batch_size=2,
-            seq_len=16,
-            warmup_steps=2,
-            eval_every=4,
-            eval_tokens=32,
-            save_every=6,
-            sample_every=5,
-            dtype="float32",
-            device="cpu",
-            threads=1,
-        ),
-    )
+    return make_run(folder, max_steps=STEPS, eval_every=4, save_every=6, sample_every=5)
 
 
 @pytest.fixture(scope="module")

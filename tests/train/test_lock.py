@@ -4,15 +4,15 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
+from dataclasses import replace
 from io import FileIO
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 
-from pyllm.data import write_stories
-from pyllm.models import ModelConfig
-from pyllm.train import DataConfig, RunConfig, TrainConfig, Trainer, run_training
+from pyllm.train import RunConfig, Trainer, run_training
 from pyllm.train.lock import LOCK, run_lock
 from pyllm.train.log import read_metrics
 
@@ -44,29 +44,13 @@ def hold(folder: Path) -> subprocess.Popen[str]:
 
 
 @pytest.fixture
-def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunConfig:
+def config(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make_run: Callable[..., RunConfig]
+) -> RunConfig:
     monkeypatch.setattr("pyllm.train.trainer.matmul_peak", lambda device, dtype: 1e11)
     monkeypatch.setattr("pyllm.train.run.STORY_TOKENS", 4)
-    for name in ("train", "valid"):
-        text = "\n<|endoftext|>\n".join(write_stories(20, 0, name))
-        (tmp_path / f"{name}.txt").write_text(text, encoding="utf-8")
-    return RunConfig(
-        out=str(tmp_path / "new" / "run"),
-        model=ModelConfig(vocab_size=300, max_seq_len=1024, n_layers=1, d_model=16, d_ff=16),
-        data=DataConfig(data=str(tmp_path / "train.txt"), valid=str(tmp_path / "valid.txt")),
-        train=TrainConfig(
-            max_steps=STEPS,
-            batch_size=2,
-            seq_len=16,
-            warmup_steps=2,
-            eval_tokens=32,
-            save_every=3,
-            sample_every=0,
-            dtype="float32",
-            device="cpu",
-            threads=1,
-        ),
-    )
+    config = make_run(tmp_path, max_steps=STEPS, save_every=3, sample_every=0)
+    return replace(config, out=str(tmp_path / "new" / "run"))
 
 
 def test_a_second_process_is_refused_and_the_first_goes_on(
