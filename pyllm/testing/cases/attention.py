@@ -12,12 +12,19 @@ from pyllm.testing.faults import all_zeros, common, drop_last, given, partly, re
 
 def _inputs(sizes: Sizes, draw: Draw) -> Arguments:
     batch, head_dim = sizes["B"], sizes["K"]
+    # Scores twice as wide as usual: attention that is nearly uniform hides a wrong scale.
+    scale = 2.0 / math.sqrt(head_dim)
+    q = draw.normal(batch, sizes["T"], sizes["H"], head_dim)
+    k = draw.normal(batch, sizes["S"], sizes["G"], head_dim)
+    if "shift" in sizes:
+        # One channel adds the same number to every score, which no softmax sees; a backward whose
+        # probabilities do not add up to those of the forward does.
+        q[..., -1] = k[..., -1] = math.sqrt(sizes["shift"] / scale)
     return {
-        "q": draw.normal(batch, sizes["T"], sizes["H"], head_dim),
-        "k": draw.normal(batch, sizes["S"], sizes["G"], head_dim),
+        "q": q,
+        "k": k,
         "v": draw.normal(batch, sizes["S"], sizes["G"], head_dim),
-        # Scores twice as wide as usual: attention that is nearly uniform hides a wrong scale.
-        "scale": 2.0 / math.sqrt(head_dim),
+        "scale": scale,
         "causal": sizes["causal"],
         "window": sizes["window"],
     }
@@ -164,6 +171,11 @@ ATTENTION = Operation(
         {"T": 5, "past": -3, "B": 1, "G": 1, "J": 2, "K": 8, "window": 0, "causal": True},
         {"T": 40, "past": -20, "B": 1, "G": 2, "J": 1, "K": 8, "window": 3, "causal": True},
         {"T": 257, "past": 0, "B": 1, "G": 1, "J": 1, "K": 16, "window": 128, "causal": True},
+        *(
+            {**sizes, "B": 1, "G": 1, "J": 2, "K": width, "causal": True, "shift": shift}
+            for sizes in ({"T": 33, "past": 7, "window": 0}, {"T": 64, "past": 0, "window": 16})
+            for width, shift in ((8, 212), (33, 40))
+        ),
     ),
     tiny={"T": 4, "past": 0, "B": 1, "G": 1, "J": 2, "K": 4, "window": 0, "causal": True},
     smoke=(
