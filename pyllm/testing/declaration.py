@@ -120,6 +120,9 @@ class Operation:
     """Single cases beyond the pairs: a long reduction, an empty input."""
     resolve: Callable[[Sizes], Sizes] = dict
     """Axes as drawn to sizes, e.g. a top-k that cannot exceed the number of experts."""
+    blocks: Mapping[str, int] = field(default_factory=dict)
+    """Constants by which the cpu face's launcher cuts its work, here so small that every case is
+    cut: chunks and blocks that only large inputs reach are otherwise tested by one case."""
     degenerate: Callable[[Sizes], frozenset[str]] = _nothing
     """Outputs and gradients that are zero but for rounding at these sizes."""
     equivalents: Mapping[str, tuple[str, ...]] = field(default_factory=dict)

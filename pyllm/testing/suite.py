@@ -22,6 +22,7 @@ from pyllm.testing.check import (
     expectations,
     is_killed,
     run_door,
+    run_face,
     survives,
 )
 from pyllm.testing.declaration import Arguments, Mutant, OpCase, Operation
@@ -98,6 +99,58 @@ class OperationSuite:
         """Forward and backward of the face, called directly, are within the error budget."""
         face, case = face_case
         check_face(case, type(self).find_face(self.operation.name, face), dtype)
+
+    def test_small_blocks(self, dtype: torch.dtype) -> None:
+        """Every case once more on the cpu face, cut into as many pieces as it can be."""
+        operation = self.operation
+        face = type(self).find_face(operation.name, "cpu")
+        if face is None or not operation.blocks:
+            raise SkipTest("no cpu face, or one whose launcher cuts nothing")
+        before = {name: getattr(face, name) for name in operation.blocks}
+        vars(face).update(operation.blocks)
+        try:
+            for case in operation.hostile_cases:
+                check_face(case, face, dtype)
+        finally:
+            vars(face).update(before)
+
+    def test_life_size(self, face: str) -> None:
+        """The sizes of real models, those the benchmark times, in the dtypes they run in."""
+        if face in ("reference", "triton"):
+            raise SkipTest("the truth itself, or an interpreter")
+        for sizes in self.operation.bench.values():
+            case = self.operation.case(sizes)
+            for dtype in (torch.float32, torch.bfloat16):
+                check_face(case, type(self).find_face(self.operation.name, face), dtype)
+                expectations.cache_clear()  # hundreds of megabytes
+
+    def test_threads(self, dtype: torch.dtype, set_threads: Callable[[int], None]) -> None:
+        """The cases with most work, on several threads, in every dtype."""
+        face = type(self).find_face(self.operation.name, "cpu")
+        if face is None:
+            raise SkipTest("no cpu face")
+        largest = sorted(self.operation.hostile_cases, key=_volume)[-4:]
+        for threads in (2, 4):
+            set_threads(threads)
+            for case in largest:
+                check_face(case, face, dtype)
+
+    def test_nan_reaches_the_gradients(self, face: str) -> None:
+        """A NaN in an input or an upstream gradient is not hidden: the trainer counts on it."""
+        face_module = type(self).find_face(self.operation.name, face)
+        for case in self.operation.smoke_cases:
+            inputs = case.make_inputs(torch.float32)
+            upstreams = expectations(case, torch.float32, "cpu", 0)[2]
+            for name in (*self.operation.gradients, *upstreams):
+                spoilt = _with_nan({**inputs, **upstreams}, name)
+                given = {key: spoilt[key] for key in inputs}
+                back = {key: spoilt[key] for key in upstreams}
+                wanted = run_face(case, self.operation.reference, given, back).gradients
+                got = run_face(case, face_module, given, back).gradients
+                for key, gradient in wanted.items():
+                    if not bool(gradient.isfinite().all()):
+                        where = f"{case.label}: NaN in {name}, none in d{key}"
+                        assert not bool(got[key].isfinite().all()), where
 
     def test_door(self, smoke_case: OpCase, face: str, dtype: torch.dtype) -> None:
         """The same through the public function and autograd."""
@@ -262,6 +315,14 @@ def products_ignore_threads() -> bool:
     finally:
         torch.set_num_threads(before)
     return True
+
+
+def _with_nan(values: Arguments, name: str) -> Arguments:
+    """The same, with a NaN at the first place of one tensor."""
+    value = values[name].clone()
+    if value.numel():
+        value.view(-1)[0] = float("nan")
+    return {**values, name: value}
 
 
 def _volume(case: OpCase) -> int:

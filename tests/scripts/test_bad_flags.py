@@ -77,12 +77,12 @@ VALUES = [
     (
         "train_moe",
         ["--train.learning-rate", "nan"],
-        "must be a finite number of at least 0, got nan",
+        "must be a number from 0 to 1,000,000, got nan",
     ),
     (
         "train_moe",
         ["--train.learning-rate", "1e400"],
-        "--train.learning-rate must be a finite numb",
+        "--train.learning-rate must be a number from 0",
     ),
     (
         "train_moe",
