@@ -73,7 +73,7 @@ class Output:
     """Standard deviation of the random gradient fed into it; None where it is not differentiable.
     A mean over N rows gets N, so that the gradient behind it is of order one."""
     exact: bool = False
-    """Integers, compared exactly."""
+    """Integers, or numbers that are only moved: compared exactly."""
 
 
 @dataclass(frozen=True)
