@@ -62,7 +62,7 @@ def decode_attention_forward(
         at_B1 = start_B1 + t
         sees_BS = (held_BS <= at_B1) & (at_B1 < end_B1)
         if window > 0:
-            sees_BS &= (held_BS > at_B1 - window) | (held_BS < sinks)
+            sees_BS &= (at_B1 - held_BS < window) | (held_BS < sinks)
         hidden_BS11 = ~sees_BS[..., None, None]
         v_BSGK = v_cache_BSGK.to(wide).masked_fill(hidden_BS11, 0)
         s_BSGJ = torch.einsum("bgjk,bsgk->bsgj", q_BTGJK[:, t].to(wide), k_cache_BSGK.to(wide))
