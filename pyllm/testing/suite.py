@@ -138,23 +138,6 @@ class ForwardSuite:
             for case in largest:
                 check_face(case, face, dtype)
 
-    def test_nan_reaches_the_gradients(self, face: str) -> None:
-        """A NaN in an input or an upstream gradient is not hidden: the trainer counts on it."""
-        face_module = type(self).find_face(self.operation.name, face)
-        for case in self.operation.smoke_cases:
-            inputs = case.make_inputs(torch.float32)
-            upstreams = expectations(case, torch.float32, "cpu", 0)[2]
-            for name in (*self.operation.gradients, *upstreams):
-                spoilt = _with_nan({**inputs, **upstreams}, name)
-                given = {key: spoilt[key] for key in inputs}
-                back = {key: spoilt[key] for key in upstreams}
-                wanted = run_face(case, self.operation.reference, given, back).gradients
-                got = run_face(case, face_module, given, back).gradients
-                for key, gradient in wanted.items():
-                    if not bool(gradient.isfinite().all()):
-                        where = f"{case.label}: NaN in {name}, none in d{key}"
-                        assert not bool(got[key].isfinite().all()), where
-
     def test_door(self, smoke_case: OpCase, face: str, dtype: torch.dtype) -> None:
         """The same through the public function and autograd."""
         check_door(smoke_case, type(self).door, face, dtype)
@@ -276,6 +259,23 @@ class OperationSuite(ForwardSuite):
         same = run_door(case, door, face, inputs, dense)
         assert plain.outputs.keys() >= got.outputs.keys()
         _assert_same_bits(got, same)
+
+    def test_nan_reaches_the_gradients(self, face: str) -> None:
+        """A NaN in an input or an upstream gradient is not hidden: the trainer counts on it."""
+        face_module = type(self).find_face(self.operation.name, face)
+        for case in self.operation.smoke_cases:
+            inputs = case.make_inputs(torch.float32)
+            upstreams = expectations(case, torch.float32, "cpu", 0)[2]
+            for name in (*self.operation.gradients, *upstreams):
+                spoilt = _with_nan({**inputs, **upstreams}, name)
+                given = {key: spoilt[key] for key in inputs}
+                back = {key: spoilt[key] for key in upstreams}
+                wanted = run_face(case, self.operation.reference, given, back).gradients
+                got = run_face(case, face_module, given, back).gradients
+                for key, gradient in wanted.items():
+                    if not bool(gradient.isfinite().all()):
+                        where = f"{case.label}: NaN in {name}, none in d{key}"
+                        assert not bool(got[key].isfinite().all()), where
 
     def test_gradcheck(self, face: str) -> None:
         """The backward against finite differences in float64, undefined gradients included."""

@@ -209,6 +209,7 @@ DECODE_ATTENTION = Operation(
         {**_PLAIN, "T": 2, "past": 700, "K": 128, "J": 4},
         {**_RAGGED_RING, "T": 3, "past": 900, "K": 64, "G": 2, "J": 8, "window": 300, "sinks": 70},
     ),
+    blocks={"PRODUCTS_OF_CHUNK": 1, "KEY_STEP": 3},
     tiny={**_RAGGED_RING, "T": 2, "past": 5, "window": 3, "sinks": 1},
     smoke=(
         {**_PLAIN, "T": 1, "past": 9},
