@@ -1,5 +1,7 @@
 """A declaration as pytest tests: subclass :class:`OperationSuite` and name operation and door.
 
+An operation without a backward gets :class:`InferenceSuite` instead.
+
 The parameters ``case``, ``smoke_case``, ``face``, ``dtype``, ``mutant`` and ``layout`` are filled
 in by ``parameters``, which a ``conftest.py`` calls from ``pytest_generate_tests``.
 """
@@ -21,6 +23,7 @@ from pyllm.testing.check import (
     check_face,
     expectations,
     is_killed,
+    may_change,
     run_door,
     run_face,
     survives,
@@ -73,8 +76,8 @@ def parameters(
     return None
 
 
-class OperationSuite:
-    """What every operation must pass. Subclasses set ``operation`` and ``door``."""
+class ForwardSuite:
+    """What every operation must pass, with a backward or without one."""
 
     operation: ClassVar[Operation]
     door: ClassVar[Callable[..., Any]]
@@ -135,23 +138,6 @@ class OperationSuite:
             for case in largest:
                 check_face(case, face, dtype)
 
-    def test_nan_reaches_the_gradients(self, face: str) -> None:
-        """A NaN in an input or an upstream gradient is not hidden: the trainer counts on it."""
-        face_module = type(self).find_face(self.operation.name, face)
-        for case in self.operation.smoke_cases:
-            inputs = case.make_inputs(torch.float32)
-            upstreams = expectations(case, torch.float32, "cpu", 0)[2]
-            for name in (*self.operation.gradients, *upstreams):
-                spoilt = _with_nan({**inputs, **upstreams}, name)
-                given = {key: spoilt[key] for key in inputs}
-                back = {key: spoilt[key] for key in upstreams}
-                wanted = run_face(case, self.operation.reference, given, back).gradients
-                got = run_face(case, face_module, given, back).gradients
-                for key, gradient in wanted.items():
-                    if not bool(gradient.isfinite().all()):
-                        where = f"{case.label}: NaN in {name}, none in d{key}"
-                        assert not bool(got[key].isfinite().all()), where
-
     def test_door(self, smoke_case: OpCase, face: str, dtype: torch.dtype) -> None:
         """The same through the public function and autograd."""
         check_door(smoke_case, type(self).door, face, dtype)
@@ -159,23 +145,6 @@ class OperationSuite:
     def test_layout(self, smoke_case: OpCase, face: str, layout: str) -> None:
         """Strided, offset and transposed inputs and upstream gradients change nothing."""
         check_door(smoke_case, type(self).door, face, torch.float32, change=LAYOUTS[layout])
-
-    def test_expanded_gradient(self, face: str) -> None:
-        """``(...).sum().backward()`` feeds a gradient of stride 0."""
-        case, inputs = self.tiny(torch.float32)
-        upstreams = {
-            "d" + output.name: torch.ones(())
-            for output in self.operation.outputs
-            if output.upstream is not None
-        }
-        plain, _, real = expectations(case, torch.float32, "cpu", 0)
-        expanded = {name: one.expand(real[name].shape) for name, one in upstreams.items()}
-        dense = {name: gradient.contiguous() for name, gradient in expanded.items()}
-        door = type(self).door
-        got = run_door(case, door, face, inputs, expanded)
-        same = run_door(case, door, face, inputs, dense)
-        assert plain.outputs.keys() >= got.outputs.keys()
-        _assert_same_bits(got, same)
 
     def test_mutant(self, mutant: Mutant, record_mutant: Callable[[str, str, bool], None]) -> None:
         """The check above sees this planted fault."""
@@ -200,27 +169,16 @@ class OperationSuite:
         assert alive <= declared, f"not seen: {sorted(alive - declared)}"
         assert declared <= alive, f"declared, and seen all the same: {sorted(declared - alive)}"
 
-    def test_gradcheck(self, face: str) -> None:
-        """The backward against finite differences in float64, undefined gradients included."""
-        if face == "triton":
-            raise SkipTest("hundreds of calls through Triton's interpreter")
-        _, inputs = self.tiny(torch.float64)
-        leaves = self.differentiable(inputs)
-        names = self.operation.gradients
-
-        def function(*values: Tensor) -> tuple[Tensor, ...]:
-            outputs = self.run({**inputs, **dict(zip(names, values, strict=True))}, face)
-            return tuple(output for output in outputs if output.requires_grad)
-
-        assert torch.autograd.gradcheck(function, tuple(leaves[name] for name in names))
-
     def test_opcheck(self, face: str) -> None:
         """Schema, autograd registration, fake tensors and AOT dispatch, as PyTorch checks them.
 
         On transposed inputs: results must have the strides the fakes promise all the same.
         """
         _, inputs = self.tiny(torch.float32)
-        inputs = _each(inputs, LAYOUTS["transposed"])
+        inputs = {
+            name: LAYOUTS["transposed"](value) if may_change(self.operation, name, value) else value
+            for name, value in inputs.items()
+        }
         arguments = (*self.differentiable(inputs).values(), face)
         name = f"{self.operation.name}_forward"
         torch.library.opcheck(getattr(torch.ops.pyllm, name).default, arguments)
@@ -280,6 +238,88 @@ class OperationSuite:
         for threads in (1, 2, 3):
             set_threads(threads)
             _assert_same_bits(run_door(case, type(self).door, face, inputs, upstreams), first)
+
+
+class OperationSuite(ForwardSuite):
+    """For an operation with a backward. Subclasses set ``operation``, ``door``, ``find_face``."""
+
+    def test_expanded_gradient(self, face: str) -> None:
+        """``(...).sum().backward()`` feeds a gradient of stride 0."""
+        case, inputs = self.tiny(torch.float32)
+        upstreams = {
+            "d" + output.name: torch.ones(())
+            for output in self.operation.outputs
+            if output.upstream is not None
+        }
+        plain, _, real = expectations(case, torch.float32, "cpu", 0)
+        expanded = {name: one.expand(real[name].shape) for name, one in upstreams.items()}
+        dense = {name: gradient.contiguous() for name, gradient in expanded.items()}
+        door = type(self).door
+        got = run_door(case, door, face, inputs, expanded)
+        same = run_door(case, door, face, inputs, dense)
+        assert plain.outputs.keys() >= got.outputs.keys()
+        _assert_same_bits(got, same)
+
+    def test_nan_reaches_the_gradients(self, face: str) -> None:
+        """A NaN in an input or an upstream gradient is not hidden: the trainer counts on it."""
+        face_module = type(self).find_face(self.operation.name, face)
+        for case in self.operation.smoke_cases:
+            inputs = case.make_inputs(torch.float32)
+            upstreams = expectations(case, torch.float32, "cpu", 0)[2]
+            for name in (*self.operation.gradients, *upstreams):
+                spoilt = _with_nan({**inputs, **upstreams}, name)
+                given = {key: spoilt[key] for key in inputs}
+                back = {key: spoilt[key] for key in upstreams}
+                wanted = run_face(case, self.operation.reference, given, back).gradients
+                got = run_face(case, face_module, given, back).gradients
+                for key, gradient in wanted.items():
+                    if not bool(gradient.isfinite().all()):
+                        where = f"{case.label}: NaN in {name}, none in d{key}"
+                        assert not bool(got[key].isfinite().all()), where
+
+    def test_gradcheck(self, face: str) -> None:
+        """The backward against finite differences in float64, undefined gradients included."""
+        if face == "triton":
+            raise SkipTest("hundreds of calls through Triton's interpreter")
+        _, inputs = self.tiny(torch.float64)
+        leaves = self.differentiable(inputs)
+        names = self.operation.gradients
+
+        def function(*values: Tensor) -> tuple[Tensor, ...]:
+            outputs = self.run({**inputs, **dict(zip(names, values, strict=True))}, face)
+            return tuple(output for output in outputs if output.requires_grad)
+
+        assert torch.autograd.gradcheck(function, tuple(leaves[name] for name in names))
+
+
+class InferenceSuite(ForwardSuite):
+    """For an operation without a backward, which may write to its inputs."""
+
+    def test_gradients_are_refused(self, face: str) -> None:
+        """They would stop here without a word; where none are recorded, nothing is refused."""
+        _, inputs = self.tiny(torch.float32)
+        for name, value in inputs.items():
+            if isinstance(value, Tensor) and value.dtype.is_floating_point:
+                wanting = {**inputs, name: value.detach().clone().requires_grad_()}
+                assert f"got {name} that require one" in self._refusal(wanting, face)
+                with torch.no_grad():
+                    self.run(wanting, face)
+
+    def _refusal(self, inputs: Arguments, face: str) -> str:
+        try:
+            self.run(inputs, face)
+        except ValueError as error:
+            return str(error)
+        return ""
+
+    def test_writes_are_counted(self, face: str) -> None:
+        """Autograd sees by a tensor's version that it changed since it was saved."""
+        _, inputs = self.tiny(torch.float32)
+        tensors = {name: value for name, value in inputs.items() if isinstance(value, Tensor)}
+        before = {name: value._version for name, value in tensors.items()}
+        self.run(inputs, face)
+        counted = {name for name, value in tensors.items() if value._version > before[name]}
+        assert counted == set(self.operation.mutates)
 
 
 def _lives(mutant: SourceMutant, operation: Operation) -> bool:

@@ -19,7 +19,9 @@ from pyllm.tokenizers import Tokenizer, train_bpe
 
 SMALL = {"vocab_size": 67, "max_seq_len": 32, "n_layers": 3, "d_model": 32, "d_ff": 24}
 SHAPES = {
-    name: replace(config, **SMALL, n_heads=4, n_kv_heads=max(1, config.n_kv_heads // 2))
+    name: replace(
+        config, **SMALL, n_heads=4, n_kv_heads=max(1, 4 * config.n_kv_heads // config.n_heads)
+    )
     for name, config in PRESETS.items()
 } | {
     "window": ModelConfig(**SMALL, window=5),
