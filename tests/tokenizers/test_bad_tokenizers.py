@@ -34,6 +34,12 @@ def changed(*keys, to):
     return json.dumps(content)
 
 
+def cut_by(pattern):
+    """Words as many a published tokenizer.json cuts them."""
+    cut = {**SPLIT, "behavior": "Isolated", "pattern": {"Regex": pattern}}
+    return changed("pre_tokenizer", "pretokenizers", to=[cut, {**BYTE_LEVEL, "use_regex": False}])
+
+
 def with_added(**fields):
     token = {**CONTENT["added_tokens"][-1], "id": NEXT, "content": "<|new|>", **fields}
     return changed("added_tokens", to=[*CONTENT["added_tokens"], token])
@@ -135,10 +141,7 @@ def test_a_file_that_is_refused(tmp_path, data, message):
         with_added(special=False),
         vocab_with(xy=NEXT),
         changed("pre_tokenizer", to=BYTE_LEVEL),
-        *(
-            changed("pre_tokenizer", "pretokenizers", 0, "pattern", to={"Regex": pattern})
-            for pattern in SPLITS.values()
-        ),
+        *(cut_by(pattern) for pattern in SPLITS.values()),
         changed("post_processor", to=BYTE_LEVEL),
         changed("model", "continuing_subword_prefix", to=""),
     ],
@@ -170,7 +173,7 @@ def test_no_tokenizer_there(tmp_path):
 
 PANICS = {
     "a split that backtracks without end": (
-        changed("pre_tokenizer", "pretokenizers", 0, "pattern", to={"Regex": "(?:a|a)*b|(a+)+$"}),
+        cut_by("(?:a|a)*b|(a+)+$"),
         "splits at {'Regex': '(?:a|a)*b|(a+)+$'}; expected the pattern of pyllm, GPT-2, GPT-4",
     ),
     "a prefix longer than a token": (
@@ -192,10 +195,7 @@ def test_nothing_of_a_panic_reaches_the_terminal(tmp_path, capfd, name):
 
 def test_too_many_spaces_in_a_row_do_not_reach_the_library(tmp_path, capfd):
     """At 10,000,000 the pattern of Llama 3 made it panic."""
-    pattern = {"Regex": SPLITS["GPT-4 and Llama 3"]}
-    (tmp_path / "tokenizer.json").write_text(
-        changed("pre_tokenizer", "pretokenizers", 0, "pattern", to=pattern)
-    )
+    (tmp_path / "tokenizer.json").write_text(cut_by(SPLITS["GPT-4 and Llama 3"]))
     tokenizer = Tokenizer.load(tmp_path)
     text = " " * 10_000_001
     for encode in (tokenizer.encode, lambda text: tokenizer.encode_batch(["a", text])):
