@@ -224,6 +224,8 @@ RANGES = [
     ("benchmarks/ops", ["--seconds", 0], "--seconds must be above 0, got 0.0"),
     ("benchmarks/balance", ["--every", 0], "--every must be a whole number from 1 to"),
     ("benchmarks/stories", ["--max-steps", -1], "must be a whole number from 0 to"),
+    ("benchmarks/tokenizer", ["--merges", 0], "--merges must be a whole number from 1 to"),
+    ("benchmarks/tokenizer", ["--runs", -1], "--runs must be a whole number from 1 to 1,000, got"),
     ("benchmarks/gpu", ["--minutes", -1], "--minutes must be at least 0, got -1.0"),
     ("benchmarks/gpu", ["--memory-gib", 0], "--memory-gib must be above 0, got 0.0"),
 ]
@@ -248,6 +250,7 @@ PLACES = [
         ["--tinystories", "texts"],
         "texts/valid.txt: no such file; put it beside",
     ),
+    ("benchmarks/tokenizer", ["--results", "file"], "cannot write into file (File exists)"),
     ("mutate_kernels", ["--out", "/proc/x/y.json"], "cannot write into /proc/x (No such file or"),
     ("mutate_kernels", ["--out", "texts"], "--out texts is a folder; name a file"),
     ("generate", ["--model", "nowhere"], "nowhere: no such folder; expected a run folder"),
