@@ -134,7 +134,8 @@ class DataConfig:
     valid: str = ""
     """Text to validate on; empty: 2% of the training documents are held out."""
     tokenizer: str = ""
-    """A tokenizer.json, or a folder with one; empty: trained on the training text."""
+    """A tokenizer.json, or a folder with one; byte: the 256 bytes; char: the characters of the
+    training text; empty: pieces of words, learned from the training text."""
     n_stories: int = 20_000
     """How many embedded stories to write."""
     text_column: str = "text"
