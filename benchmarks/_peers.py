@@ -28,6 +28,49 @@ def _attention(v: Values) -> Tensor:
     return y.transpose(1, 2)
 
 
+def _one_length(v: Values) -> int:
+    """Positions before the new tokens, for peers that know neither rings nor ragged batches."""
+    starts, counts = v["starts"].tolist(), v["counts"].tolist()
+    if v["rolling"] or len(set(starts)) > 1 or set(counts) != {v[_new(v)].shape[1]}:
+        raise NotImplementedError("PyTorch has no rolling cache and no ragged batch")
+    return starts[0]
+
+
+def _new(v: Values) -> str:
+    return "q" if "q" in v else "k"
+
+
+def _kept_for_append(v: Values) -> Values:
+    start = _one_length(v)
+    return {**v, "new": slice(start, start + v["k"].shape[1])}
+
+
+def _kv_append(v: Values) -> Tensor:
+    v["k_cache"][:, v["new"]] = v["k"]
+    v["v_cache"][:, v["new"]] = v["v"]
+    return v["k_cache"]
+
+
+def _kept_for_decode(v: Values) -> Values:
+    """The cache as PyTorch's attention is fastest with it: heads first, each in one piece."""
+    end = _one_length(v) + v["q"].shape[1]
+    if v["window"] or v["q"].shape[1] > 1:
+        raise NotImplementedError("scaled_dot_product_attention has no window and needs a mask")
+    cache = {name: v[name][:, :end].transpose(1, 2).contiguous() for name in ("k_cache", "v_cache")}
+    return {**v, **cache}
+
+
+def _decode_attention(v: Values) -> Tensor:
+    y = F.scaled_dot_product_attention(
+        v["q"].transpose(1, 2),
+        v["k_cache"],
+        v["v_cache"],
+        scale=v["scale"],
+        enable_gqa=v["q"].shape[2] != v["k_cache"].shape[1],
+    )
+    return y.transpose(1, 2)
+
+
 def _linear_cross_entropy(v: Values) -> Tensor:
     logits = F.linear(v["x"], v["weight"])
     return F.cross_entropy(
@@ -58,7 +101,15 @@ def _moe_ffn(v: Values) -> Tensor:
 PEERS: dict[str, Callable[[Values], Tensor]] = {
     "rms_norm": _rms_norm,
     "attention": _attention,
+    "kv_append": _kv_append,
+    "decode_attention": _decode_attention,
     "linear_cross_entropy": _linear_cross_entropy,
     "moe_ffn": _moe_ffn,
 }
 """Operation to the forward of its peer: named inputs to the first output; autograd goes back."""
+
+KEPT: dict[str, Callable[[Values], Values]] = {
+    "kv_append": _kept_for_append,
+    "decode_attention": _kept_for_decode,
+}
+"""Operation to how its peer would have kept the inputs from call to call; not timed."""

@@ -21,7 +21,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # `python -m` and the tests import it too
 
 from _machine import RESULTS, card, describe, write_results
-from _peers import PEERS
+from _peers import KEPT, PEERS
 from rich.console import Console
 from rich.table import Table
 
@@ -120,9 +120,10 @@ def time_case(
             stage = "backward" if face in forward else "forward"
             rows.append({"stage": stage, "face": face, "skipped": reason})
             continue
-        backward[face] = lambda module=module, saved=saved: run_backward(
-            case, module, inputs, saved, upstreams
-        )
+        if "backward" in case.operation.stages:
+            backward[face] = lambda module=module, saved=saved: run_backward(
+                case, module, inputs, saved, upstreams
+            )
     if case.op in PEERS:
         add_peer(case, inputs, upstreams, forward, backward, rows)
     item = torch.finfo(dtype).bits // 8
@@ -155,17 +156,19 @@ def add_peer(
         name: value.detach().clone().requires_grad_() if name in case.operation.gradients else value
         for name, value in inputs.items()
     }
-    upstream = next(iter(upstreams.values()))
     wanted = [leaves[name] for name in case.operation.gradients]
     try:
+        leaves = KEPT.get(case.op, dict)(leaves)
         y = PEERS[case.op](leaves)
-        upstream = upstream.to(y.dtype)
-        torch.autograd.grad(y, wanted, upstream, retain_graph=True)
+        if wanted:
+            upstream = next(iter(upstreams.values())).to(y.dtype)
+            torch.autograd.grad(y, wanted, upstream, retain_graph=True)
     except (NotImplementedError, RuntimeError) as error:
         rows.append({"stage": "both", "face": "peer", "skipped": str(error).splitlines()[0]})
         return
     forward["peer"] = lambda: PEERS[case.op](leaves)
-    backward["peer"] = lambda: torch.autograd.grad(y, wanted, upstream, retain_graph=True)
+    if wanted:
+        backward["peer"] = lambda: torch.autograd.grad(y, wanted, upstream, retain_graph=True)
 
 
 def show(console: Console, title: str, rows: list[dict[str, Any]], top: dict[str, float]) -> None:

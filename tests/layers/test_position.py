@@ -143,7 +143,8 @@ def test_rows_that_stand_at_different_positions(table):
         for parameter in table.parameters():
             parameter.normal_()
         together, whole = table.at(positions), table(0, 9)
-    pairs = zip(together, whole, strict=True) if len(together) == 2 else [(together, whole)]
+    turns = isinstance(together, tuple)
+    pairs = zip(together, whole, strict=True) if turns else [(together, whole)]
     for got, values in pairs:
         for row, at in enumerate(positions.tolist()):
             assert torch.equal(got[row], torch.stack([values[position] for position in at]))
