@@ -33,8 +33,9 @@ _OPTIONAL_PACKAGES = {
     "ruff": "scripts/check.py: pip install -e '.[test]'",
     "mypy": "scripts/check.py: pip install -e '.[test]'",
     "clang-format": "scripts/check.py: pip install -e '.[test]'",
-    "transformers": "the peer in benchmarks: pip install -e '.[bench]'",
-    "llama-cpp-python": "the peer in benchmarks: pip install -e '.[bench]'",
+    "gguf": "scripts/export.py --to gguf: pip install gguf",
+    "transformers": "the tests, which read exported models with it: pip install -e '.[test]'",
+    "llama-cpp-python": "benchmarks/llama_cpp.py: pip install -e '.[bench]'",
 }
 _REQUIRED_PACKAGES = (
     "numpy",

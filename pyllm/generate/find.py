@@ -5,14 +5,16 @@ from pathlib import Path
 import torch
 
 from pyllm.models import named_dtype
+from pyllm.models.shards import holds_weights
 
 
 def find_model(path: str | Path | None = None, runs: str | Path = "runs") -> Path:
     """The model folder meant by ``path``: a model folder itself, or the best of a run.
 
     Args:
-        path: a model folder (it holds ``model.safetensors``) or a run folder (``best/``, else
-            ``last/``); by default the run that was saved last.
+        path: a model folder (it holds ``model.safetensors``, or Hugging Face's index of several
+            files) or a run folder (``best/``, else ``last/``); by default the run that was saved
+            last.
         runs: where to look for runs.
 
     Raises:
@@ -44,7 +46,7 @@ def find_model(path: str | Path | None = None, runs: str | Path = "runs") -> Pat
 
 
 def _model_in(folder: Path) -> Path | None:
-    if (folder / "model.safetensors").is_file():
+    if holds_weights(folder):
         return folder
     for name in ("best", "last"):
         # The .old name is what a kill between two renames leaves; loading puts it right. A folder

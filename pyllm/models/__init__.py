@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from pyllm.models.config import PRESETS, ModelConfig, preset
     from pyllm.models.counting import FlopCount, ParameterCount, count_flops, count_parameters
     from pyllm.models.device import choose_device, named_dtype
-    from pyllm.models.folder import load_model, save_model
+    from pyllm.models.folder import load_model, load_transformer, save_model
     from pyllm.models.transformer import Block, ModelOutput, Transformer
 
 _HOMES = {
@@ -25,6 +25,7 @@ _HOMES = {
     "choose_device": "device",
     "named_dtype": "device",
     "load_model": "folder",
+    "load_transformer": "folder",
     "save_model": "folder",
     "Block": "transformer",
     "ModelOutput": "transformer",
@@ -43,6 +44,7 @@ __all__ = [
     "count_flops",
     "count_parameters",
     "load_model",
+    "load_transformer",
     "named_dtype",
     "preset",
     "save_model",

@@ -18,6 +18,8 @@ from pyllm.models.durable import (
     save_tensors,
     write_folder,
 )
+from pyllm.models.hugging_face import read_settings
+from pyllm.models.shards import WEIGHTS, check_weights, open_shards, read_weights, weight_files
 from pyllm.models.transformer import Transformer
 from pyllm.tokenizers import Tokenizer
 
@@ -32,6 +34,8 @@ CHAT_TEMPLATE = (
 )
 """ChatML with generation marks: the loss mask of fine-tuning follows from the template."""
 
+SAMPLING = {"do_sample": True, "temperature": 0.8, "top_p": 0.95}
+
 LARGEST_TABLES = 2**28
 """Numbers in the tables of positions, which no weight speaks for: 1 GiB, a context of 4 million
 tokens with heads of 64."""
@@ -42,30 +46,36 @@ def write_model(folder: Path, model: Transformer, tokenizer: Tokenizer) -> None:
     weights = {
         name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()
     }
-    save_tensors(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    special = {
-        "eos_token_id": tokenizer.end_of_text_id,
-        "bos_token_id": tokenizer.end_of_text_id,
-    }
-    _write_json(
+    save_tensors(weights, folder / WEIGHTS, metadata={"format": "pt"})
+    special = special_ids(tokenizer)
+    write_json(
         folder / "config.json",
         {"model_type": "pyllm", "tokenizer_hash": tokenizer.hash, **special} | asdict(model.config),
     )
     tokenizer.save(folder / "tokenizer.json")
-    _write_json(
-        folder / "tokenizer_config.json",
-        {
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            "eos_token": "<|endoftext|>",
-            "bos_token": "<|endoftext|>",
-            "model_max_length": model.config.max_seq_len,
-            "chat_template": CHAT_TEMPLATE,
-        },
-    )
-    _write_json(
-        folder / "generation_config.json",
-        {"do_sample": True, "temperature": 0.8, "top_p": 0.95, **special},
-    )
+    write_tokenizer_settings(folder, tokenizer, model.config.max_seq_len)
+    write_json(folder / "generation_config.json", SAMPLING | special)
+
+
+def special_ids(tokenizer: Tokenizer) -> dict[str, int]:
+    """The end of a text is also what a text begins with."""
+    return {"eos_token_id": tokenizer.end_of_text_id, "bos_token_id": tokenizer.end_of_text_id}
+
+
+def write_tokenizer_settings(
+    folder: Path, tokenizer: Tokenizer, max_seq_len: int, chat_template: str = CHAT_TEMPLATE
+) -> None:
+    """Write ``tokenizer_config.json``."""
+    settings: dict[str, Any] = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": "<|endoftext|>",
+        "bos_token": "<|endoftext|>",
+        "model_max_length": max_seq_len,
+        "chat_template": chat_template,
+    }
+    if tokenizer.pad_id is not None:
+        settings["pad_token"] = "<|pad|>"
+    write_json(folder / "tokenizer_config.json", settings)
 
 
 def save_model(folder: str | Path, model: Transformer, tokenizer: Tokenizer) -> None:
@@ -80,25 +90,23 @@ def save_model(folder: str | Path, model: Transformer, tokenizer: Tokenizer) -> 
 
 
 def load_config(folder: str | Path) -> ModelConfig:
-    """Read ``config.json`` of a model folder.
+    """Read ``config.json`` of a model folder, ours or a Hugging Face Llama, Mistral or Mixtral.
 
     Raises:
-        ValueError: no such folder, not a pyllm model, unknown or impossible settings.
+        ValueError: no such folder, another kind of model, unknown or impossible settings.
     """
     path = Path(folder) / "config.json"
     check_manifest(path.parent, [path.name])
     settings = read_json(path)
-    if settings.get("model_type") != "pyllm":
-        raise ValueError(
-            f"{path}: expected a model of type 'pyllm', got {settings.get('model_type')!r}"
-        )
-    known = {field.name for field in fields(ModelConfig)}
-    beside = {"model_type", "tokenizer_hash", "eos_token_id", "bos_token_id"}
-    unknown = sorted(settings.keys() - known - beside)
-    missing = sorted(known - settings.keys())
-    if unknown or missing:
-        raise ValueError(f"{path}: unknown settings {unknown}, missing settings {missing}")
     try:
+        if settings.get("model_type") != "pyllm":
+            return read_settings(settings)
+        known = {field.name for field in fields(ModelConfig)}
+        beside = {"model_type", "tokenizer_hash", "eos_token_id", "bos_token_id"}
+        unknown = sorted(settings.keys() - known - beside)
+        missing = sorted(known - settings.keys())
+        if unknown or missing:
+            raise ValueError(f"unknown settings {unknown}, missing settings {missing}")
         return ModelConfig(**{name: settings[name] for name in known})
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
@@ -113,20 +121,57 @@ def load_model(
     another program writes, is taken as it is.
 
     Args:
-        folder: what :func:`save_model` wrote, or a checkpoint of a run.
+        folder: what :func:`save_model` wrote, a checkpoint of a run, or a Hugging Face folder of a
+            Llama, Mistral or Mixtral (``config.json``, safetensors in one file or several,
+            ``tokenizer.json``).
         device: where to put it.
-        dtype: of the weights; by default as saved.
+        dtype: of the weights; by default as saved, but never narrower than float32.
 
     Raises:
-        ValueError: a file is missing, damaged, or does not belong to the others.
+        ValueError: a file is missing, damaged, or does not belong to the others; a model or a
+            tokenizer that pyllm does not have.
     """
     folder = readable_folder(Path(folder))
     config = load_config(folder)
-    weights = folder / "model.safetensors"
-    check_manifest(folder, [weights.name, "tokenizer.json"])
-    tokenizer = Tokenizer.load(folder)
+    if not _is_ours(folder):
+        # Pickled weights are told of before a tokenizer that does not fit.
+        weight_files(folder)
+    tokenizer = _load_tokenizer(folder, config)
+    return _load_transformer(folder, config, device, dtype), tokenizer
+
+
+def load_transformer(
+    folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
+) -> Transformer:
+    """Load a model without its tokenizer: :func:`load_model` where only token ids are needed.
+
+    So a Hugging Face folder can be run whose tokenizer pyllm refuses, such as the vocabularies of
+    Llama 2 and Mixtral, which come from SentencePiece and are not byte-level.
+
+    Raises:
+        ValueError: as :func:`load_model`.
+    """
+    folder = readable_folder(Path(folder))
+    return _load_transformer(folder, load_config(folder), device, dtype)
+
+
+def _is_ours(folder: Path) -> bool:
+    return read_json(folder / "config.json").get("model_type") == "pyllm"
+
+
+def _load_tokenizer(folder: Path, config: ModelConfig) -> Tokenizer:
+    ours = _is_ours(folder)
+    check_manifest(folder, ["tokenizer.json"])
+    try:
+        tokenizer = Tokenizer.load(folder)
+    except ValueError as error:
+        if ours:
+            raise
+        raise ValueError(
+            f"{error}; pyllm.models.load_transformer loads the model without it"
+        ) from None
     expected_hash = read_json(folder / "config.json").get("tokenizer_hash")
-    if tokenizer.hash != expected_hash:
+    if ours and tokenizer.hash != expected_hash:
         raise ValueError(
             f"{folder}: tokenizer.json is not the tokenizer this model was trained with; "
             "restore the file that was saved beside the weights"
@@ -136,10 +181,26 @@ def load_model(
             f"{folder}: tokenizer.json has {tokenizer.vocab_size:,} ids, but the model's "
             f"vocab_size is {config.vocab_size:,}; restore the files that were saved together"
         )
-    _check_sizes(config, weights)
-    model = Transformer(config)
-    load_weights(model, weights)
-    return model.to(device=device, dtype=dtype).eval(), tokenizer
+    return tokenizer
+
+
+def _load_transformer(
+    folder: Path, config: ModelConfig, device: str | torch.device, dtype: torch.dtype | None
+) -> Transformer:
+    if _is_ours(folder):
+        weights = folder / WEIGHTS
+        check_manifest(folder, [WEIGHTS])
+        _check_sizes(config, weights)
+        model = Transformer(config)
+        load_weights(model, weights)
+    else:
+        check_manifest(folder, weight_files(folder))
+        with open_shards(folder) as shards:
+            check_weights(shards, config)
+            _outline(config, shards.path)
+            model = Transformer(config).to(dtype=dtype or shards.widest_dtype())
+            read_weights(shards, config, model.state_dict())
+    return model.to(device=device, dtype=dtype).eval()
 
 
 def _check_sizes(config: ModelConfig, weights: Path) -> None:
@@ -151,20 +212,24 @@ def _check_sizes(config: ModelConfig, weights: Path) -> None:
                 f"{weights}: holds {len(blocks)} blocks, but n_layers in config.json is "
                 f"{config.n_layers}"
             )
-        try:
-            with torch.device("meta"):
-                model = Transformer(config)
-        except (ValueError, RuntimeError, OverflowError, TypeError) as error:
-            raise ValueError(
-                f"{weights.with_name('config.json')}: {str(error).splitlines()[0]}"
-            ) from None
-        _check_tensors(file, model.state_dict(), weights)
+        _check_tensors(file, _outline(config, weights).state_dict(), weights)
+
+
+def _outline(config: ModelConfig, weights: Path) -> Transformer:
+    """The model without any numbers, and a refusal of one whose tables would be too large."""
+    path = weights.with_name("config.json")
+    try:
+        with torch.device("meta"):
+            model = Transformer(config)
+    except (ValueError, RuntimeError, OverflowError, TypeError) as error:
+        raise ValueError(f"{path}: {str(error).splitlines()[0]}") from None
     tables = sum(buffer.numel() for buffer in model.buffers())
     if tables > LARGEST_TABLES:
         raise ValueError(
-            f"{weights.with_name('config.json')}: max_seq_len {config.max_seq_len:,} would need "
-            f"tables of {tables:,} positions' numbers; expected at most {LARGEST_TABLES:,}"
+            f"{path}: max_seq_len {config.max_seq_len:,} would need tables of {tables:,} "
+            f"positions' numbers; expected at most {LARGEST_TABLES:,}"
         )
+    return model
 
 
 def load_weights(model: Transformer, path: Path) -> None:
@@ -196,5 +261,6 @@ def _check_tensors(file: Any, state: Mapping[str, Tensor], path: Path) -> None:
             raise ValueError(f"{path}: {name} must have shape {tuple(target.shape)}, got {shape}")
 
 
-def _write_json(path: Path, content: dict[str, Any]) -> None:
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write a JSON object, indented."""
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -20,6 +20,7 @@ from collections.abc import Iterable, Sequence
 from functools import cached_property
 from operator import index
 from pathlib import Path
+from typing import Any
 
 import tokenizers
 
@@ -92,11 +93,16 @@ class Tokenizer:
         added = self._backend.get_added_tokens_decoder()
         return {token.content: id_ for id_, token in sorted(added.items()) if token.special}
 
+    @property
+    def content(self) -> dict[str, Any]:
+        """What tokenizer.json holds, as the `tokenizers` library writes it."""
+        content: dict[str, Any] = json.loads(self._backend.to_str())
+        return content
+
     @cached_property
     def hash(self) -> str:
         """sha256, in hex, of the canonical JSON (sorted keys, no spaces) of the tokenizer."""
-        content = json.loads(self._backend.to_str())
-        canonical = json.dumps(content, sort_keys=True, separators=(",", ":"))
+        canonical = json.dumps(self.content, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(canonical.encode()).hexdigest()
 
     def token_to_id(self, token: str) -> int | None:

@@ -135,7 +135,10 @@ def change_config(folder: Path, **settings) -> None:
     [
         ({"n_wings": 2}, r"unknown settings \['n_wings'\]"),
         ({"d_model": "remove"}, r"missing settings \['d_model'\]"),
-        ({"model_type": "llama"}, "expected a model of type 'pyllm', got 'llama'"),
+        (
+            {"model_type": "bert"},
+            "model_type is 'bert'; expected llama, mistral, mixtral",
+        ),
         ({"n_heads": 3}, "config.json: ModelConfig: d_model .16. must be a multiple of n_heads"),
         ({"d_ff": "8"}, "config.json: ModelConfig: d_ff must be a whole number"),
         ({"norm_eps": "small"}, "config.json: ModelConfig: norm_eps"),

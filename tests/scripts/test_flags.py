@@ -21,7 +21,12 @@ from .conftest import load_script, one_error
 
 SCRIPTS = (
     *("train_moe", "generate", "benchmark", "train_tokenizer", "download_data", "doctor", "check"),
-    *(f"benchmarks/{name}" for name in ("ops", "balance", "stories", "tokenizer", "gpu", "readme")),
+    *("evaluate", "export"),
+    *(
+        f"benchmarks/{name}"
+        for name in ("ops", "balance", "stories", "tokenizer", "gpu", "readme", "llama_cpp_equal")
+    ),
+    *("benchmarks/moe_vs_dense", "benchmarks/scaling"),
 )
 PRESETS = ("moe-tiny", "moe-158m", "dense-21m")
 Place = tuple[str, ...]

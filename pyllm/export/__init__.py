@@ -1,0 +1,24 @@
+"""Export: model folders that transformers and vLLM load, files that llama.cpp loads.
+
+Imported lazily, so that ``--help`` needs no torch.
+"""
+
+from typing import TYPE_CHECKING
+
+from pyllm._lazy import lazy_names
+
+if TYPE_CHECKING:
+    from pyllm.export.gguf_file import GGUF_DTYPES, write_gguf
+    from pyllm.export.hugging_face import write_hugging_face
+    from pyllm.export.template import read_chat_template
+
+_HOMES = {
+    "GGUF_DTYPES": "gguf_file",
+    "read_chat_template": "template",
+    "write_gguf": "gguf_file",
+    "write_hugging_face": "hugging_face",
+}
+
+__all__ = ["GGUF_DTYPES", "read_chat_template", "write_gguf", "write_hugging_face"]
+
+__getattr__ = lazy_names(__name__, _HOMES)
