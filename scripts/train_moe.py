@@ -1,6 +1,10 @@
 """Train a model: `python scripts/train_moe.py`, or with a text of your own: `--data FILE`."""
 
-from dataclasses import dataclass, replace
+import subprocess
+import sys
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Literal, NoReturn
 
 from pyllm._checks import shown
 from pyllm._cli import run
@@ -15,11 +19,22 @@ class Start:
 
     preset: str = ""
     resume: str = ""
+    mode: Literal["train", "benchmark"] = "train"
 
 
-def defaults(arguments: list[str]) -> RunConfig:
+@dataclass(frozen=True)
+class Config(RunConfig):
+    """A whole training run."""
+
+    mode: Literal["train", "benchmark"] = "train"
+    """benchmark: another name for scripts/benchmark.py, which takes the other flags."""
+
+
+def defaults(arguments: list[str]) -> Config:
     """The settings of the preset named on the command line: what the other flags start from."""
     start, others = read_flags(Start, arguments, add_help=False, return_unknown_args=True)
+    if start.mode == "benchmark":
+        benchmark(start, others)
     others = [other for other in others if other not in ("-h", "--help")]
     if start.resume and (others or start.preset):
         raise ValueError(
@@ -27,10 +42,18 @@ def defaults(arguments: list[str]) -> RunConfig:
             f"out ({shown(' '.join(others) or '--preset')})"
         )
     name = start.preset or RunConfig.preset
-    return replace(RunConfig(), preset=name, model=preset(name), train=TRAIN_PRESETS[name])
+    return replace(Config(), preset=name, model=preset(name), train=TRAIN_PRESETS[name])
 
 
-def main(config: RunConfig) -> None:
+def benchmark(start: Start, others: list[str]) -> NoReturn:
+    """Measure instead of train; a run is named by --model there."""
+    for flag, value in (("--preset", start.preset), ("--model", start.resume)):
+        others += [flag, value] * bool(value)
+    script = Path(__file__).with_name("benchmark.py")
+    raise SystemExit(subprocess.call([sys.executable, str(script), *others]))
+
+
+def main(config: Config) -> None:
     """Train, evaluate, tell a story."""
     from pyllm._memory import check_memory
     from pyllm.models import choose_device, count_parameters
@@ -42,8 +65,8 @@ def main(config: RunConfig) -> None:
             8 * count_parameters(config.model).total,
             "give a smaller --preset, or smaller sizes after --model",
         )
-    run_training(config)
+    run_training(RunConfig(**{part.name: getattr(config, part.name) for part in fields(RunConfig)}))
 
 
 if __name__ == "__main__":
-    run(main, RunConfig, defaults)
+    run(main, Config, defaults)

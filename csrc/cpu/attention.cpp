@@ -19,7 +19,7 @@ namespace {
 struct AttentionBlock {
   double scale;
   bool causal;
-  std::int64_t window, shared, total_tokens, total_keys;
+  std::int64_t window, sinks, shared, total_tokens, total_keys;
   std::int64_t first_pair, n_pairs, first_token, tokens, padded_rows, first_key, padded_keys;
 };
 
@@ -28,9 +28,9 @@ constexpr std::int64_t kElementsPerRange = per_range(8192);
 constexpr std::int64_t kBytesPerRange = per_range(32768);
 
 // Where a row of scores stands: which keys it may see, as columns of the block, and where its
-// log-sum-exp is kept.
+// log-sum-exp is kept. The sinks are columns [0, end_sinks), all before first_column.
 struct Row {
-  std::int64_t first_column, end_column, at_statistics;
+  std::int64_t end_sinks, first_column, end_column, at_statistics;
 };
 
 Row locate(const AttentionBlock& block, std::int64_t pair_in_block, std::int64_t row) {
@@ -43,10 +43,14 @@ Row locate(const AttentionBlock& block, std::int64_t pair_in_block, std::int64_t
   std::int64_t end = block.causal ? position + 1 : block.total_keys;
   end = (end < block.total_keys ? end : block.total_keys) - block.first_key;
   first = first > 0 ? first : 0;
+  std::int64_t sinks = block.sinks - block.first_key;
+  sinks = sinks < end ? sinks : end;
+  if (sinks >= first) first = 0;  // no key lies between them
+  sinks = first > 0 && sinks > 0 ? sinks : 0;
   end = end > first ? end : first;
   // Heads of all groups are numbered g * shared + j, so (b, head) is pair * shared + j.
   const std::int64_t head = pair * block.shared + row % block.shared;
-  return {first, end, head * block.total_tokens + token};
+  return {sinks, first, end, head * block.total_tokens + token};
 }
 
 template <class Storage>
@@ -58,18 +62,20 @@ void fill_zero(Storage* row, std::int64_t begin, std::int64_t end) {
 // second and select by the first: rows are short, and a scalar remainder of exponentials would cost
 // more than all the rest.
 struct Columns {
-  std::int32_t first, count, begin, end;
+  std::int32_t end_sinks, first, count, begin, end;
 
   bool sees(std::int32_t column) const {
-    return static_cast<std::uint32_t>(column - first) < static_cast<std::uint32_t>(count);
+    // `|`, not `||`: without a branch the loops vectorise.
+    return (static_cast<std::uint32_t>(column - first) < static_cast<std::uint32_t>(count)) |
+           (column < end_sinks);
   }
 };
 
 Columns widened(const Row& row, std::int64_t columns) {
   constexpr std::int64_t kVector = 16;
-  const std::int64_t begin = row.first_column / kVector * kVector;
+  const std::int64_t begin = row.end_sinks > 0 ? 0 : row.first_column / kVector * kVector;
   const std::int64_t end = (row.end_column + kVector - 1) / kVector * kVector;
-  return {static_cast<std::int32_t>(row.first_column),
+  return {static_cast<std::int32_t>(row.end_sinks), static_cast<std::int32_t>(row.first_column),
           static_cast<std::int32_t>(row.end_column - row.first_column),
           static_cast<std::int32_t>(begin < columns ? begin : columns),
           static_cast<std::int32_t>(end < columns ? end : columns)};
@@ -108,7 +114,7 @@ void gradient_row(Storage* __restrict s, Storage* __restrict dp, Columns range, 
   using W = Wide<Storage>;
   const W shift = lse == -INFINITY ? W(0) : lse;
   // The softmax of a single score is 1 whatever the score: no gradient, not even a rounding error.
-  const W slope = range.count == 1 ? W(0) : scale;
+  const W slope = range.count + range.end_sinks == 1 ? W(0) : scale;
 #pragma omp simd
   for (std::int32_t i = range.begin; i < range.end; ++i) {
     const W p = exp_of(widen(s[i]) * scale - shift);
@@ -154,7 +160,7 @@ void softmax_gradient(const AttentionBlock& block, Storage* scores, Storage* dp,
                    Storage* s = scores + i * columns;
                    Storage* ds = dp + i * columns;
                    const std::int64_t r = i % block.padded_rows;
-                   Columns seen = {0, 0, 0, 0};
+                   Columns seen = {0, 0, 0, 0, 0};
                    if (r < block.tokens * block.shared) {
                      const Row row = locate(block, i / block.padded_rows, r);
                      seen = widened(row, columns);
@@ -235,13 +241,14 @@ void unpack_heads(const void* packed, std::int64_t item_size, std::int64_t group
 }
 
 void attention_softmax(DType dtype, void* scores, void* lse, double scale, bool causal,
-                       std::int64_t window, std::int64_t shared, std::int64_t total_tokens,
-                       std::int64_t total_keys, std::int64_t first_pair, std::int64_t n_pairs,
-                       std::int64_t first_token, std::int64_t tokens, std::int64_t padded_rows,
-                       std::int64_t first_key, std::int64_t padded_keys, int n_threads) {
-  const AttentionBlock block{scale,       causal,     window,     shared,      total_tokens,
-                             total_keys,  first_pair, n_pairs,    first_token, tokens,
-                             padded_rows, first_key,  padded_keys};
+                       std::int64_t window, std::int64_t sinks, std::int64_t shared,
+                       std::int64_t total_tokens, std::int64_t total_keys, std::int64_t first_pair,
+                       std::int64_t n_pairs, std::int64_t first_token, std::int64_t tokens,
+                       std::int64_t padded_rows, std::int64_t first_key, std::int64_t padded_keys,
+                       int n_threads) {
+  const AttentionBlock block{scale,        causal,      window,     sinks,      shared,
+                             total_tokens, total_keys,  first_pair, n_pairs,    first_token,
+                             tokens,       padded_rows, first_key,  padded_keys};
   with_storage(dtype, [=](auto storage) {
     using S = decltype(storage);
     softmax(block, static_cast<S*>(scores), static_cast<Wide<S>*>(lse), n_threads);
@@ -250,14 +257,14 @@ void attention_softmax(DType dtype, void* scores, void* lse, double scale, bool 
 
 void attention_softmax_gradient(DType dtype, void* scores, void* dp, const void* lse,
                                 const void* delta, double scale, bool causal, std::int64_t window,
-                                std::int64_t shared, std::int64_t total_tokens,
+                                std::int64_t sinks, std::int64_t shared, std::int64_t total_tokens,
                                 std::int64_t total_keys, std::int64_t first_pair,
                                 std::int64_t n_pairs, std::int64_t first_token, std::int64_t tokens,
                                 std::int64_t padded_rows, std::int64_t first_key,
                                 std::int64_t padded_keys, int n_threads) {
-  const AttentionBlock block{scale,       causal,     window,     shared,      total_tokens,
-                             total_keys,  first_pair, n_pairs,    first_token, tokens,
-                             padded_rows, first_key,  padded_keys};
+  const AttentionBlock block{scale,        causal,      window,     sinks,      shared,
+                             total_tokens, total_keys,  first_pair, n_pairs,    first_token,
+                             tokens,       padded_rows, first_key,  padded_keys};
   with_storage(dtype, [=](auto storage) {
     using S = decltype(storage);
     using W = Wide<S>;

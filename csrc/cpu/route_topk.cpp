@@ -62,9 +62,10 @@ void choose(const Storage* z, std::int64_t width, std::int32_t* chosen, std::int
 }
 
 template <class Storage>
-void forward(const Storage* logits, Wide<Storage>* weights, std::int32_t* experts,
-             Wide<Storage>* balance_loss, Wide<Storage>* z_loss, std::int32_t* tokens_per_expert,
-             std::int64_t n_tokens, std::int64_t n_experts, std::int64_t top_k, int n_threads) {
+void forward(const Storage* logits, const Wide<Storage>* bias, Wide<Storage>* weights,
+             std::int32_t* experts, Wide<Storage>* balance_loss, Wide<Storage>* z_loss,
+             std::int32_t* tokens_per_expert, std::int64_t n_tokens, std::int64_t n_experts,
+             std::int64_t top_k, int n_threads) {
   using W = Wide<Storage>;
   const std::int64_t grain = rows_per_range(kElementsPerRange, n_experts);
   const std::int64_t n_ranges = (n_tokens + grain - 1) / grain;
@@ -76,23 +77,29 @@ void forward(const Storage* logits, Wide<Storage>* weights, std::int32_t* expert
     double* p_sum = partials + begin / grain * (n_experts + 1);
     std::int32_t* count = counts + begin / grain * n_experts;
     W* p = new W[n_experts];
+    W* scores = new W[n_experts];
     bool* taken = new bool[n_experts];
     for (std::int64_t token = begin; token < end; ++token) {
       const Storage* z = logits + token * n_experts;
       std::int32_t* chosen = experts + token * top_k;
       W* weight = weights + token * top_k;
       const W lse = softmax(z, p, n_experts);
-      choose(z, n_experts, chosen, top_k, taken);
-      W sum = 0;
-      for (std::int64_t a = 0; a < top_k; ++a) sum += p[chosen[a]];
+      if (bias == nullptr) {
+        choose(z, n_experts, chosen, top_k, taken);
+      } else {
+        for (std::int64_t e = 0; e < n_experts; ++e) scores[e] = p[e] + bias[e];
+        choose(scores, n_experts, chosen, top_k, taken);
+      }
       for (std::int64_t a = 0; a < top_k; ++a) {
-        weight[a] = p[chosen[a]] / sum;
+        scores[a] = widen(z[chosen[a]]);
         ++count[chosen[a]];
       }
+      softmax(scores, weight, top_k);
       for (std::int64_t e = 0; e < n_experts; ++e) p_sum[e] += p[e];
       p_sum[n_experts] += static_cast<double>(lse) * lse;
     }
     delete[] taken;
+    delete[] scores;
     delete[] p;
   });
   // The last partial row, still zero, takes the totals.
@@ -162,14 +169,14 @@ void backward(const Wide<Storage>* dweights, Wide<Storage> dbalance_loss, Wide<S
 
 }  // namespace
 
-void route_topk_forward(DType dtype, const void* logits, void* weights, void* experts,
-                        void* balance_loss, void* z_loss, void* tokens_per_expert,
+void route_topk_forward(DType dtype, const void* logits, const void* bias, void* weights,
+                        void* experts, void* balance_loss, void* z_loss, void* tokens_per_expert,
                         std::int64_t n_tokens, std::int64_t n_experts, std::int64_t top_k,
                         int n_threads) {
   with_storage(dtype, [=](auto storage) {
     using S = decltype(storage);
     using W = Wide<S>;
-    forward(static_cast<const S*>(logits), static_cast<W*>(weights),
+    forward(static_cast<const S*>(logits), static_cast<const W*>(bias), static_cast<W*>(weights),
             static_cast<std::int32_t*>(experts), static_cast<W*>(balance_loss),
             static_cast<W*>(z_loss), static_cast<std::int32_t*>(tokens_per_expert), n_tokens,
             n_experts, top_k, n_threads);

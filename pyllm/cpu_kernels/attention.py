@@ -51,6 +51,7 @@ class _Problem(NamedTuple):
     scale: float
     causal: bool
     window: int
+    sinks: int
     dtype: torch.dtype
 
     @property
@@ -63,7 +64,9 @@ class _Problem(NamedTuple):
         for first in range(0, self.n_tokens, QUERY_TOKENS):
             tokens = min(QUERY_TOKENS, self.n_tokens - first)
             position = self.n_keys - self.n_tokens + first
-            start = max(0, position - self.window + 1) if self.window else 0
+            # With sinks every query sees the first key: no block lies outside of the window.
+            skips = self.window and not self.sinks
+            start = max(0, position - self.window + 1) if skips else 0
             stop = position + tokens if self.causal else self.n_keys
             stop = max(0, -(-stop // _KEY_STEP) * _KEY_STEP)
             blocks.append(
@@ -86,7 +89,7 @@ class _Problem(NamedTuple):
             yield first, min(fits, pairs - first)
 
 
-def _problem(q: Tensor, k: Tensor, scale: float, causal: bool, window: int) -> _Problem:
+def _problem(q: Tensor, k: Tensor, scale: float, causal: bool, window: int, sinks: int) -> _Problem:
     batch, n_tokens, n_heads, width = q.shape
     groups = k.shape[2]
     return _Problem(
@@ -99,6 +102,7 @@ def _problem(q: Tensor, k: Tensor, scale: float, causal: bool, window: int) -> _
         scale,
         causal,
         window,
+        min(sinks, k.shape[1]) if window else 0,
         q.dtype,
     )
 
@@ -175,6 +179,7 @@ def _where(problem: _Problem, first_pair: int, block: _Block, scores: Tensor) ->
         problem.scale,
         problem.causal,
         problem.window,
+        problem.sinks,
         problem.shared,
         problem.n_tokens,
         problem.n_keys,
@@ -190,12 +195,18 @@ def _where(problem: _Problem, first_pair: int, block: _Block, scores: Tensor) ->
 
 
 def attention_forward(
-    q_BTHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, scale: float, causal: bool, window: int
+    q_BTHK: Tensor,
+    k_BSGK: Tensor,
+    v_BSGK: Tensor,
+    scale: float,
+    causal: bool,
+    window: int,
+    sinks: int,
 ) -> tuple[Tensor, Tensor]:
     """See :func:`pyllm.reference.attention.attention_forward`."""
     if q_BTHK.dtype == torch.float16:  # scores over 65,504 would overflow
         y_BTHK, lse_BHT = attention_forward(
-            q_BTHK.float(), k_BSGK.float(), v_BSGK.float(), scale, causal, window
+            q_BTHK.float(), k_BSGK.float(), v_BSGK.float(), scale, causal, window, sinks
         )
         return y_BTHK.half(), lse_BHT
     code, native = dtype_code("attention", q_BTHK.dtype), extension()
@@ -205,7 +216,7 @@ def attention_forward(
     if y_BTHK.numel() == 0:
         return y_BTHK, lse_BHT.fill_(float("-inf"))
     q_BTHK, k_BSGK, v_BSGK = (_unit_stride(x) for x in (q_BTHK, k_BSGK, v_BSGK))
-    problem = _problem(q_BTHK, k_BSGK, scale, causal, window)
+    problem = _problem(q_BTHK, k_BSGK, scale, causal, window, sinks)
     groups, keys, padded = problem.groups, problem.n_keys, problem.padded_keys
     blocks, scratch = problem.blocks(), _Scratch(q_BTHK)
     for first, n in problem.pair_groups(blocks, buffers=1):
@@ -234,11 +245,12 @@ def attention_backward(
     scale: float,
     causal: bool,
     window: int,
+    sinks: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See :func:`pyllm.reference.attention.attention_backward`."""
     if q_BTHK.dtype == torch.float16:
         dy, q, k, v, y = (x.float() for x in (dy_BTHK, q_BTHK, k_BSGK, v_BSGK, y_BTHK))
-        dq, dk, dv = attention_backward(dy, q, k, v, y, lse_BHT, scale, causal, window)
+        dq, dk, dv = attention_backward(dy, q, k, v, y, lse_BHT, scale, causal, window, sinks)
         return dq.half(), dk.half(), dv.half()
     code, wide = dtype_code("attention", q_BTHK.dtype), accumulator(q_BTHK.dtype)
     native = extension()
@@ -258,7 +270,7 @@ def attention_backward(
         *y_BTHK.shape,
         torch.get_num_threads(),
     )
-    problem = _problem(q_BTHK, k_BSGK, scale, causal, window)
+    problem = _problem(q_BTHK, k_BSGK, scale, causal, window, sinks)
     groups, keys, padded, width = (
         problem.groups,
         problem.n_keys,

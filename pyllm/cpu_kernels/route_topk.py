@@ -7,11 +7,12 @@ from pyllm.cpu_kernels._launch import accumulator, dtype_code, extension, ready
 
 
 def route_topk_forward(
-    logits_NE: Tensor, top_k: int
+    logits_NE: Tensor, bias_E: Tensor | None, top_k: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """See :func:`pyllm.reference.route_topk.route_topk_forward`."""
     code, wide = dtype_code("route_topk", logits_NE.dtype), accumulator(logits_NE.dtype)
     logits_NE = logits_NE.contiguous()
+    bias_E = None if bias_E is None else ready(bias_E, wide)
     n_rows, n_experts = logits_NE.shape
     weights_NA = torch.empty(n_rows, top_k, dtype=wide)
     experts_NA = torch.empty(n_rows, top_k, dtype=torch.int32)
@@ -20,6 +21,7 @@ def route_topk_forward(
     extension().route_topk_forward(
         code,
         logits_NE.data_ptr(),
+        0 if bias_E is None else bias_E.data_ptr(),
         weights_NA.data_ptr(),
         experts_NA.data_ptr(),
         balance_loss.data_ptr(),

@@ -2,6 +2,7 @@
 
 from torch import Tensor, nn
 
+from pyllm._checks import check_size
 from pyllm.layers._checks import check_fits, check_input, check_sizes
 from pyllm.layers.kv_cache import KVCache
 from pyllm.ops import attention, rope
@@ -18,13 +19,20 @@ class CausalSelfAttention(nn.Module):
         n_heads: H; K = D / H.
         n_kv_heads: G, a divisor of H.
         window: positions a query sees, its own included; None for all.
+        sinks: first positions that stay in sight whatever the window.
 
     Raises:
-        ValueError: a size below 1, H that does not divide D, G that does not divide H.
+        ValueError: a size below 1, sinks below 0, H that does not divide D, G that does not divide
+            H.
     """
 
     def __init__(
-        self, width: int, n_heads: int, n_kv_heads: int, window: int | None = None
+        self,
+        width: int,
+        n_heads: int,
+        n_kv_heads: int,
+        window: int | None = None,
+        sinks: int = 0,
     ) -> None:
         super().__init__()
         width, n_heads, n_kv_heads = check_sizes(
@@ -32,6 +40,7 @@ class CausalSelfAttention(nn.Module):
         )
         if window is not None:
             check_sizes("CausalSelfAttention", window=window)
+        check_size("CausalSelfAttention: sinks", sinks, 0)
         if width % n_heads or n_heads % n_kv_heads:
             raise ValueError(
                 f"CausalSelfAttention: n_kv_heads ({n_kv_heads}) must divide n_heads ({n_heads}), "
@@ -43,6 +52,7 @@ class CausalSelfAttention(nn.Module):
         weights = width * self.head_dim * (sum(self.heads) + n_heads)
         check_fits(f"CausalSelfAttention: a width of {width:,}", weights, 0, "make it narrower")
         self.window = window
+        self.sinks = sinks
         self.qkv_proj = nn.Linear(width, sum(self.heads) * self.head_dim, bias=False)
         self.out_proj = nn.Linear(width, width, bias=False)
 
@@ -65,5 +75,5 @@ class CausalSelfAttention(nn.Module):
             q_BTHK, k_BTGK = rope(qk_BTJK, *rotary).split(self.heads[:2], dim=2)
         if cache is not None:
             k_BTGK, v_BTGK = cache.append(layer, k_BTGK, v_BTGK)
-        y_BTHK = attention(q_BTHK, k_BTGK, v_BTGK, window=self.window)
+        y_BTHK = attention(q_BTHK, k_BTGK, v_BTGK, window=self.window, sinks=self.sinks)
         return self.out_proj(y_BTHK.flatten(2))

@@ -6,8 +6,9 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from pyllm._checks import check_choice
+from pyllm._checks import check_choice, check_size
 from pyllm.layers._checks import check_fits, check_input, check_sizes
+from pyllm.layers.mlp import MLP
 from pyllm.ops import moe_ffn, route_topk
 from pyllm.ops.moe_ffn import ACTIVATIONS
 
@@ -59,6 +60,8 @@ class LocalDispatcher:
 class MoE(nn.Module):
     """``n_experts`` feed-forward networks, of which ``top_k`` run for each token.
 
+    ``sum_a w_a expert_a(x) + shared(x)``
+
     Args:
         width: D.
         hidden: F, of each expert.
@@ -66,6 +69,9 @@ class MoE(nn.Module):
         top_k: experts per token.
         activation: ``swiglu`` or ``gelu``.
         dispatcher: where the experts live; by default in this process.
+        n_shared: experts beside them that run for every token, as one network of ``n_shared * F``
+            (DeepSeekMoE, arXiv:2401.06066, eq. 9 to 11, with the routed weights of Mixtral).
+        router_bias: keep a bias on the choice of experts, see :meth:`move_bias`.
 
     Raises:
         ValueError: a size below 1, more experts per token than there are, an unknown activation.
@@ -79,6 +85,8 @@ class MoE(nn.Module):
         top_k: int,
         activation: str,
         dispatcher: Dispatcher | None = None,
+        n_shared: int = 0,
+        router_bias: bool = False,
     ) -> None:
         super().__init__()
         width, hidden, n_experts, top_k = check_sizes(
@@ -97,6 +105,25 @@ class MoE(nn.Module):
         self.router = nn.Parameter(torch.empty(n_experts, width))
         self.w_in = nn.Parameter(torch.empty(n_experts, columns, width))
         self.w_out = nn.Parameter(torch.empty(n_experts, width, hidden))
+        n_shared = check_size("MoE: n_shared", n_shared, 0)
+        self.shared = MLP(width, n_shared * hidden, activation) if n_shared else None
+        self.router_bias: Tensor | None
+        self.register_buffer("router_bias", torch.zeros(n_experts) if router_bias else None)
+
+    @torch.no_grad()
+    def move_bias(self, tokens_per_expert_E: Tensor, rate: float) -> None:
+        """Balance without a loss (DeepSeek-V3, arXiv:2412.19437, sec. 2.1.2).
+
+        The bias of an expert with more than its share of the tokens goes down by ``rate``, that of
+        one with less goes up. Here it is added to the router's probabilities, there to sigmoids.
+
+        Args:
+            tokens_per_expert_E: (E,) how many choices fell on each.
+            rate: of the order of 0.001.
+        """
+        assert self.router_bias is not None
+        counts_E = tokens_per_expert_E.to(self.router_bias)
+        self.router_bias += rate * (counts_E.mean() - counts_E).sign()
 
     def forward(self, x_BTD: Tensor) -> tuple[Tensor, RouterStatistics]:
         """(B, T, D) to (B, T, D) and the router's statistics."""
@@ -108,11 +135,12 @@ class MoE(nn.Module):
         available = torch.amp.is_autocast_available(device)
         with torch.autocast(device, enabled=False) if available else nullcontext():
             logits_NE = x_ND.float() @ self.router.float().t()
-        routing = route_topk(logits_NE, self.top_k)
+        routing = route_topk(logits_NE, self.top_k, bias=self.router_bias)
         y_ND = self.dispatcher(
             x_ND, self.w_in, self.w_out, routing.weights, routing.experts, self.activation
         )
         statistics = RouterStatistics(
             routing.balance_loss, routing.z_loss, routing.tokens_per_expert
         )
-        return y_ND.view_as(x_BTD), statistics
+        y_BTD = y_ND.view_as(x_BTD)
+        return (y_BTD if self.shared is None else y_BTD + self.shared(x_BTD)), statistics

@@ -5,8 +5,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from pyllm._checks import check_number
+from pyllm._checks import check_choice, check_number
 from pyllm.layers._checks import check_fits, check_sizes
+from pyllm.layers.rope_scaling import SCALINGS, rotation
 from pyllm.ops._checks import check_whole
 
 
@@ -15,14 +16,29 @@ class RotaryTable(nn.Module):
 
     Kept in float32 and out of the state dict: it follows from the configuration.
 
+    Args:
+        max_seq_len: positions.
+        head_dim: K, even.
+        theta: base of the wavelengths.
+        scaling, factor, original_len: for longer contexts, see :mod:`pyllm.layers.rope_scaling`.
+
     Raises:
-        ValueError: a size below 1, an odd head size, theta below 1, more than the machine's memory.
+        ValueError: a size below 1, an odd head size, theta or factor below 1, an unknown scaling or
+            one that lacks the original length, more than the machine's memory.
     """
 
     cos: Tensor
     sin: Tensor
 
-    def __init__(self, max_seq_len: int, head_dim: int, theta: float = 10_000.0) -> None:
+    def __init__(
+        self,
+        max_seq_len: int,
+        head_dim: int,
+        theta: float = 10_000.0,
+        scaling: str = "none",
+        factor: float = 1.0,
+        original_len: int | None = None,
+    ) -> None:
         super().__init__()
         max_seq_len, head_dim = check_sizes(
             "RotaryTable", max_seq_len=max_seq_len, head_dim=head_dim
@@ -32,10 +48,16 @@ class RotaryTable(nn.Module):
         # Below 1, the angles overflow: 1e-300 to the power of -1.
         theta = check_number("RotaryTable: theta", theta, 1)
         _check_table("RotaryTable", max_seq_len, head_dim // 2)
-        frequency_J = theta ** -(torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
-        angle_TJ = torch.outer(torch.arange(max_seq_len, dtype=torch.float64), frequency_J)
-        self.register_buffer("cos", angle_TJ.cos().float(), persistent=False)
-        self.register_buffer("sin", angle_TJ.sin().float(), persistent=False)
+        check_choice("RotaryTable: scaling", scaling, SCALINGS)
+        factor = check_number("RotaryTable: factor", factor, 1)
+        if original_len is not None:
+            check_sizes("RotaryTable", original_len=original_len)
+        elif scaling in ("llama3", "yarn"):
+            raise ValueError(f"RotaryTable: scaling {scaling} needs original_len, got None")
+        turn = rotation(head_dim, theta, scaling, factor, original_len)
+        angle_TJ = torch.outer(torch.arange(max_seq_len, dtype=torch.float64), turn.frequency_J)
+        for name, table_TJ in (("cos", angle_TJ.cos()), ("sin", angle_TJ.sin())):
+            self.register_buffer(name, (table_TJ * turn.magnitude).float(), persistent=False)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "RotaryTable":
         # model.bfloat16() would round the angles' cosines to 8 bits: only the device may change.

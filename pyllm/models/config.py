@@ -9,13 +9,17 @@ _CHOICES = {
     "norm": ("rms", "layer"),
     "position": ("rope", "learned", "sinusoidal"),
     "activation": ("swiglu", "gelu"),
+    "rope_scaling": ("none", "linear", "llama3", "yarn"),
 }
 _RANGES = {
     # Below, float32 has no room for 1 / eps ** 1.5, which a gradient holds; above, it is no norm.
     "norm_eps": (1e-12, 1.0),
     # Below 1, the angles overflow: 1e-300 to the power of -1.
     "rope_theta": (1.0, 1e30),
+    "rope_factor": (1.0, 1e6),
 }
+_OPTIONAL = ("window", "rope_original_len")
+_MAY_BE_ZERO = ("moe_every", "attention_sinks", "n_shared_experts")
 # The kernels count in int32. No published model has over 1,000 layers (arXiv:2203.00555), and each
 # costs a millisecond to build, even without memory.
 _LARGEST = {"n_layers": 10_000}
@@ -54,16 +58,31 @@ class ModelConfig:
     """rope, learned or sinusoidal."""
     rope_theta: float = 10_000.0
     """Base of the rotary wavelengths."""
+    rope_scaling: str = "none"
+    """How the wavelengths are stretched for a context longer than the one first trained on: none,
+    linear, llama3 or yarn."""
+    rope_factor: float = 1.0
+    """How many times longer the context becomes."""
+    rope_original_len: int | None = None
+    """The context first trained on; llama3 and yarn need it."""
     activation: str = "swiglu"
     """swiglu or gelu."""
     n_experts: int = 8
     """Experts in each MoE layer."""
     top_k: int = 2
     """Experts that run for each token."""
+    n_shared_experts: int = 0
+    """Experts beside them that run for every token (DeepSeekMoE, arXiv:2401.06066), as one network
+    of n_shared_experts * d_ff."""
+    router_bias: bool = False
+    """Balance the load by a bias on the choice of experts (DeepSeek-V3, arXiv:2412.19437) that the
+    trainer moves; it does not touch their weights."""
     moe_every: int = 1
     """0: dense. 1: every layer is an MoE. 2: every other one."""
     window: int | None = None
     """Positions a query sees, its own included; None for all."""
+    attention_sinks: int = 0
+    """First positions that stay in sight whatever the window (arXiv:2309.17453)."""
     tie_embeddings: bool = True
     """Is the output projection the embedding matrix?"""
 
@@ -80,8 +99,8 @@ class ModelConfig:
                     raise ValueError(
                         f"ModelConfig: {name} must be true or false, got {shown(value)}"
                     )
-            elif name != "window" or value is not None:
-                least = 0 if name == "moe_every" else 1
+            elif name not in _OPTIONAL or value is not None:
+                least = 0 if name in _MAY_BE_ZERO else 1
                 most = _LARGEST.get(name, _LARGEST_SIZE)
                 # NumPy's integers become Python's, which JSON can hold.
                 size = check_size(f"ModelConfig: {name}", value, least, most)
@@ -104,6 +123,34 @@ class ModelConfig:
         if self.moe_every and self.top_k > self.n_experts:
             raise ValueError(
                 f"ModelConfig: top_k ({self.top_k}) must not exceed n_experts ({self.n_experts})"
+            )
+        self._check_meaning()
+
+    def _check_meaning(self) -> None:
+        """A setting that would do nothing here is a mistake, not a default."""
+        if self.rope_scaling == "none":
+            if self.rope_factor != 1 or self.rope_original_len is not None:
+                raise ValueError(
+                    f"ModelConfig: rope_factor ({self.rope_factor}) and rope_original_len "
+                    f"({self.rope_original_len}) need a rope_scaling, got none"
+                )
+        elif self.position != "rope":
+            raise ValueError(
+                f"ModelConfig: rope_scaling {self.rope_scaling} needs position rope, "
+                f"got {self.position}"
+            )
+        elif self.rope_scaling != "linear" and self.rope_original_len is None:
+            raise ValueError(
+                f"ModelConfig: rope_scaling {self.rope_scaling} needs rope_original_len, got None"
+            )
+        if self.attention_sinks and self.window is None:
+            raise ValueError(
+                f"ModelConfig: attention_sinks ({self.attention_sinks}) need a window, got None"
+            )
+        if not self.moe_every and (self.n_shared_experts or self.router_bias):
+            raise ValueError(
+                f"ModelConfig: n_shared_experts ({self.n_shared_experts}) and router_bias "
+                f"({self.router_bias}) need experts, got moe_every 0"
             )
 
     @property
@@ -133,6 +180,8 @@ _MOE_158M = ModelConfig(
     top_k=2,
 )
 
+_LARGE = ModelConfig(vocab_size=50_257, max_seq_len=2048, moe_every=0)
+
 PRESETS: dict[str, ModelConfig] = {
     "moe-tiny": ModelConfig(),
     "moe-158m-gpt": replace(
@@ -146,6 +195,25 @@ PRESETS: dict[str, ModelConfig] = {
     "moe-158m": _MOE_158M,
     # The dense twin: the same active compute as moe-158m, but for the router.
     "dense-21m": replace(_MOE_158M, d_ff=2 * _MOE_158M.d_ff, moe_every=0),
+    "dense-50m": replace(_MOE_158M, n_layers=8, d_ff=1408, moe_every=0),
+    # GPT-2's shape (its small model, without the biases).
+    "dense-124m": ModelConfig(
+        vocab_size=50_257,
+        max_seq_len=1024,
+        n_layers=12,
+        d_model=768,
+        n_heads=12,
+        n_kv_heads=12,
+        d_ff=3072,
+        norm="layer",
+        position="learned",
+        activation="gelu",
+        moe_every=0,
+    ),
+    "dense-500m": replace(_LARGE, n_layers=24, d_model=1280, n_heads=20, n_kv_heads=5, d_ff=3584),
+    "dense-1b": replace(_LARGE, n_layers=20, d_model=2048, n_heads=32, n_kv_heads=8, d_ff=5632),
+    # Llama 3.2's shape of this size.
+    "dense-3b": replace(_LARGE, n_layers=28, d_model=3072, n_heads=24, n_kv_heads=8, d_ff=8192),
 }
 
 

@@ -51,6 +51,7 @@ def count_parameters(config: ModelConfig) -> ParameterCount:
     shared = config.n_layers * (attention + 2 * norm) + norm
     shared += sparse * config.n_experts * width  # the routers
     shared += dense * expert * (config.top_k if config.moe_every else 1)
+    shared += sparse * config.n_shared_experts * expert
     experts = sparse * config.n_experts * expert
     running = sparse * config.top_k * expert
     return ParameterCount(embedding + shared + experts, shared + running, embedding, experts)
@@ -74,6 +75,10 @@ def count_flops(config: ModelConfig, n_tokens: int) -> FlopCount:
     reach = min(n_tokens, config.window or n_tokens)
     # Query t sees min(t + 1, window) keys: a triangle, then a band.
     pairs = reach * (reach + 1) // 2 + (n_tokens - reach) * reach
+    # Sinks: the first that lie before the window of a query, 1, 2, ... of them, then all.
+    before = n_tokens - reach
+    ramp = min(before, config.attention_sinks)
+    pairs += ramp * (ramp + 1) // 2 + (before - ramp) * ramp
     attention = 4 * config.n_layers * config.d_model * pairs
     output = 2 * config.vocab_size * config.d_model * n_tokens
     return FlopCount(

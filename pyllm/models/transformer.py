@@ -44,7 +44,11 @@ class Block(nn.Module):
         self.layer = layer
         self.attention_norm = norm(config.d_model, config.norm_eps)
         self.attention = CausalSelfAttention(
-            config.d_model, config.n_heads, config.n_kv_heads, config.window
+            config.d_model,
+            config.n_heads,
+            config.n_kv_heads,
+            config.window,
+            config.attention_sinks,
         )
         self.ffn_norm = norm(config.d_model, config.norm_eps)
         if config.is_moe(layer):
@@ -55,6 +59,8 @@ class Block(nn.Module):
                 config.top_k,
                 config.activation,
                 dispatcher,
+                n_shared=config.n_shared_experts,
+                router_bias=config.router_bias,
             )
         else:
             hidden = config.d_ff * (config.top_k if config.moe_every else 1)
@@ -99,7 +105,14 @@ class Transformer(nn.Module):
         self.rotary: RotaryTable | None = None
         self.positions: nn.Module | None = None
         if config.position == "rope":
-            self.rotary = RotaryTable(config.max_seq_len, config.head_dim, config.rope_theta)
+            self.rotary = RotaryTable(
+                config.max_seq_len,
+                config.head_dim,
+                config.rope_theta,
+                config.rope_scaling,
+                config.rope_factor,
+                config.rope_original_len,
+            )
         elif config.position == "learned":
             self.positions = LearnedPositions(config.max_seq_len, config.d_model)
         else:
@@ -130,6 +143,27 @@ class Transformer(nn.Module):
                 writes = name.endswith(("out_proj.weight", "w_out"))
                 std = parameter.shape[-1] ** -0.5 * (depth if writes else 1.0)
                 nn.init.normal_(parameter, std=std)
+        for block in self.blocks:
+            if isinstance(block.ffn, MoE) and block.ffn.router_bias is not None:
+                block.ffn.router_bias.zero_()
+
+    def move_router_bias(self, tokens_per_expert: Tensor, rate: float) -> None:
+        """After a step, make busy experts less and idle ones more likely to be chosen.
+
+        Args:
+            tokens_per_expert: (MoE layers, E), over the whole step.
+            rate: how far each bias moves.
+
+        Raises:
+            ValueError: the model has no router biases, or counts of another shape.
+        """
+        if not self.config.router_bias:
+            raise ValueError("move_router_bias: the model has none; set router_bias in its config")
+        expected = (self.config.n_moe_layers, self.config.n_experts)
+        check_shape("move_router_bias", "tokens_per_expert", tokens_per_expert, expected)
+        mixtures = (block.ffn for block in self.blocks if isinstance(block.ffn, MoE))
+        for layer, counts_E in zip(mixtures, tokens_per_expert, strict=True):
+            layer.move_bias(counts_E, rate)
 
     @property
     def output_weight(self) -> Tensor:

@@ -24,6 +24,7 @@ def attention(
     *,
     causal: bool = True,
     window: int | None = None,
+    sinks: int = 0,
     scale: float | None = None,
     face: str | None = None,
 ) -> Tensor:
@@ -37,6 +38,8 @@ def attention(
         k, v: (B, S, G, K), G a divisor of H.
         causal: a query sees no later position.
         window: a query sees the last ``window`` positions only, its own included; None for all.
+        sinks: the first ``sinks`` positions are seen although the window leaves them out
+            (attention sinks, arXiv:2309.17453); of no meaning without a window.
         scale: by default ``1 / sqrt(K)``.
         face: one of ``available_faces``; by default the best for the device.
 
@@ -45,8 +48,8 @@ def attention(
         nothing gives zeros.
 
     Raises:
-        ValueError: wrong shape, dtype or device, G no divisor of H, window below 1, or a causal
-            call with more queries than keys.
+        ValueError: wrong shape, dtype or device, G no divisor of H, window below 1, sinks below 0,
+            or a causal call with more queries than keys.
     """
     check_floating("attention", q=q, k=k, v=v)
     check_shape("attention", "q", q, ("B", "T", "H", "K"))
@@ -63,6 +66,7 @@ def attention(
         )
     if window is not None:
         window = check_whole("attention", "window (or None)", window, least=1)
+    sinks = check_whole("attention", "sinks", sinks, least=0)
     if causal and n_queries > n_keys:
         raise ValueError(
             f"attention: a causal call needs at least as many keys as queries, "
@@ -74,11 +78,11 @@ def attention(
     check_same_dtype("attention", q=q, k=k, v=v)
     scale = 1 / math.sqrt(head_dim) if scale is None else check_real("attention", "scale", scale)
     chosen = choose_face("attention", q.device.type, face)
-    return torch.ops.pyllm.attention_forward(q, k, v, scale, causal, window or 0, chosen)[0]
+    return torch.ops.pyllm.attention_forward(q, k, v, scale, causal, window or 0, sinks, chosen)[0]
 
 
 def _fake_forward(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, window: int, face: str
+    q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, window: int, sinks: int, face: str
 ) -> tuple[Tensor, Tensor]:
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
     lse = q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=wide)
@@ -95,13 +99,14 @@ def _fake_backward(
     scale: float,
     causal: bool,
     window: int,
+    sinks: int,
     face: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
 def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    q, k, v, ctx.scale, ctx.causal, ctx.window, ctx.face = inputs
+    q, k, v, ctx.scale, ctx.causal, ctx.window, ctx.sinks, ctx.face = inputs
     ctx.save_for_backward(q, k, v, *output)
     ctx.set_materialize_grads(False)  # no zeros for what has no gradient
     ctx.mark_non_differentiable(output[1])
@@ -109,20 +114,20 @@ def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
 
 def _gradient(ctx, dy, _dlse):  # type: ignore[no-untyped-def]
     gradients = torch.ops.pyllm.attention_backward(
-        dy, *ctx.saved_tensors, ctx.scale, ctx.causal, ctx.window, ctx.face
+        dy, *ctx.saved_tensors, ctx.scale, ctx.causal, ctx.window, ctx.sinks, ctx.face
     )
-    return *gradients, None, None, None, None
+    return *gradients, None, None, None, None, None
 
 
 register(
     "attention",
     forward=(
-        "(Tensor q, Tensor k, Tensor v, float scale, bool causal, int window, str face)"
-        " -> (Tensor, Tensor)"
+        "(Tensor q, Tensor k, Tensor v, float scale, bool causal, int window, int sinks,"
+        " str face) -> (Tensor, Tensor)"
     ),
     backward=(
         "(Tensor dy, Tensor q, Tensor k, Tensor v, Tensor y, Tensor lse, float scale, bool causal,"
-        " int window, str face) -> (Tensor, Tensor, Tensor)"
+        " int window, int sinks, str face) -> (Tensor, Tensor, Tensor)"
     ),
     fake_forward=_fake_forward,
     fake_backward=_fake_backward,

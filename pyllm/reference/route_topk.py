@@ -5,6 +5,9 @@ index first), the weights are renormalised to sum to one (Mixtral, arXiv:2401.04
 
 .. math:: w_{na} = p_{n,e_{na}} \Big/ \textstyle\sum_b p_{n,e_{nb}}
 
+With a bias b the ``A`` largest of :math:`p + b` are kept; the weights are still those of p
+(DeepSeek-V3, arXiv:2412.19437, eq. 16, there with sigmoids).
+
 Load balance (Switch Transformer, arXiv:2101.03961, eq. 4 to 6), over all ``N*A`` choices, 1 when
 the load is even:
 
@@ -26,20 +29,21 @@ from pyllm.reference._precision import accumulation_dtype
 
 
 def route_topk_forward(
-    logits_NE: Tensor, top_k: int
+    logits_NE: Tensor, bias_E: Tensor | None, top_k: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return ``(weights_NA, experts_NA, balance_loss, z_loss, tokens_per_expert_E)``.
 
     Arithmetic and weights are float32 (float64 for float64 logits); experts and counts are int32.
-    With no rows both losses are 0.
+    ``bias_E`` has the dtype of the weights. With no rows both losses are 0.
     """
     n_rows, n_experts = logits_NE.shape
     z_NE = logits_NE.to(accumulation_dtype(logits_NE.dtype))
     p_NE = z_NE.softmax(-1)
     # A stable sort, not topk: topk leaves the order of ties open.
-    experts_NA = z_NE.sort(dim=-1, descending=True, stable=True).indices[:, :top_k]
-    chosen_NA = p_NE.gather(1, experts_NA)
-    weights_NA = chosen_NA / chosen_NA.sum(-1, keepdim=True)
+    scores_NE = z_NE if bias_E is None else p_NE + bias_E
+    experts_NA = scores_NE.sort(dim=-1, descending=True, stable=True).indices[:, :top_k]
+    # p over the sum of the chosen p, also where a bias chose experts whose p underflows to 0.
+    weights_NA = z_NE.gather(1, experts_NA).softmax(-1)
 
     tokens_per_expert_E = torch.zeros(n_experts, dtype=torch.int64, device=z_NE.device)
     tokens_per_expert_E.scatter_add_(

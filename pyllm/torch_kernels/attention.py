@@ -33,11 +33,17 @@ def _repeat_heads(x_BSGK: Tensor, n_heads: int) -> Tensor:
 
 
 def attention_forward(
-    q_BTHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, scale: float, causal: bool, window: int
+    q_BTHK: Tensor,
+    k_BSGK: Tensor,
+    v_BSGK: Tensor,
+    scale: float,
+    causal: bool,
+    window: int,
+    sinks: int,
 ) -> tuple[Tensor, Tensor]:
     """See :func:`pyllm.reference.attention.attention_forward`."""
     if not _served(q_BTHK, k_BSGK, scale, causal, window):
-        return reference.attention_forward(q_BTHK, k_BSGK, v_BSGK, scale, causal, window)
+        return reference.attention_forward(q_BTHK, k_BSGK, v_BSGK, scale, causal, window, sinks)
     n_heads = q_BTHK.shape[2]
     y_BHTK, lse_BHT = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         _heads_first(q_BTHK),
@@ -60,11 +66,12 @@ def attention_backward(
     scale: float,
     causal: bool,
     window: int,
+    sinks: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See :func:`pyllm.reference.attention.attention_backward`."""
     if not _served(q_BTHK, k_BSGK, scale, causal, window):
         return reference.attention_backward(
-            dy_BTHK, q_BTHK, k_BSGK, v_BSGK, y_BTHK, lse_BHT, scale, causal, window
+            dy_BTHK, q_BTHK, k_BSGK, v_BSGK, y_BTHK, lse_BHT, scale, causal, window, sinks
         )
     n_heads, n_kv_heads = q_BTHK.shape[2], k_BSGK.shape[2]
     dq_BHTK, dk_BHSK, dv_BHSK = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(

@@ -1,6 +1,6 @@
 """The settings of a training run, one frozen dataclass per concern. Needs no torch."""
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Annotated, Literal, get_args
 
 from tyro.conf import arg
@@ -56,6 +56,9 @@ class TrainConfig:
     """Largest norm of the gradient; 0 for no clipping."""
     balance_coef: float = 0.01
     """Weight of the load-balancing loss (Switch Transformer's 1e-2)."""
+    bias_rate: float = 0.001
+    """How far a step moves each bias of a model with --model.router-bias (DeepSeek-V3's 1e-3); give
+    --train.balance-coef 0 to balance by it alone."""
     z_coef: float = 0.001
     """Weight of the router's z-loss (ST-MoE's 1e-3)."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
@@ -186,5 +189,12 @@ TRAIN_PRESETS: dict[str, TrainConfig] = {
         recompute=True,
     ),
 }
-TRAIN_PRESETS["moe-158m"] = TRAIN_PRESETS["moe-158m-gpt"]
-TRAIN_PRESETS["dense-21m"] = TRAIN_PRESETS["moe-158m-gpt"]
+# The larger a model, the smaller its best learning rate; published runs of 1B and 3B take 3e-4 with
+# AdamW. None of the presets from dense-50m up has been trained to the end here.
+TRAIN_PRESETS |= dict.fromkeys(
+    ("moe-158m", "dense-21m", "dense-50m", "dense-124m"), TRAIN_PRESETS["moe-158m-gpt"]
+)
+TRAIN_PRESETS |= dict.fromkeys(
+    ("dense-500m", "dense-1b", "dense-3b"),
+    replace(TRAIN_PRESETS["moe-158m-gpt"], batch_size=1, accumulation=32, learning_rate=1e-3),
+)

@@ -160,6 +160,8 @@ class Trainer:
             counts = output.tokens_per_expert
             load = counts if load is None else load + counts
         grad_norm = self._update(rate)
+        if self.model.config.router_bias and load is not None and math.isfinite(grad_norm):
+            self.model.move_router_bias(load, config.bias_rate)
         metrics: dict[str, Any] = {**totals, "grad_norm": grad_norm, "lr": rate}
         metrics["skipped_steps"] = self.progress.skipped_steps
         if load is not None and load.numel():

@@ -19,8 +19,8 @@ def test_the_widest_window_is_no_window() -> None:
     k, v = (torch.randn(1, 2, 1, 4, generator=generator) for _ in range(2))
     results = []
     for window in (0, 2**63 - 1):
-        y, lse = attention_forward(q, k, v, 0.5, False, window)
-        results.append((y, lse, *attention_backward(dy, q, k, v, y, lse, 0.5, False, window)))
+        y, lse = attention_forward(q, k, v, 0.5, False, window, 0)
+        results.append((y, lse, *attention_backward(dy, q, k, v, y, lse, 0.5, False, window, 0)))
     assert all(torch.equal(one, two) for one, two in zip(*results, strict=True))
 
 

@@ -17,8 +17,8 @@ class FaceDispatcher:
         return moe_ffn(x_ND, w_in, w_out, weights_NA, experts_NA, activation, face=self.face)
 
 
-def make_layer(activation="swiglu", n_experts=16, top_k=2, dispatcher=None) -> MoE:
-    layer = MoE(32, 24, n_experts, top_k, activation, dispatcher)
+def make_layer(activation="swiglu", n_experts=16, top_k=2, dispatcher=None, **options) -> MoE:
+    layer = MoE(32, 24, n_experts, top_k, activation, dispatcher, **options)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in layer.parameters():
@@ -52,6 +52,43 @@ def test_the_layer_is_what_its_equation_says(activation):
     y, _ = layer(x)
     assert y.std() > 0.05
     torch.testing.assert_close(y, by_hand(layer, x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("activation", ["swiglu", "gelu"])
+def test_shared_experts_run_for_every_token(activation):
+    layer = make_layer(activation, n_shared=2)
+    assert layer.shared.out_proj.weight.shape == (32, 48)
+    x = torch.randn(2, 7, 32)
+    wanted = by_hand(layer, x) + layer.shared(x)
+    torch.testing.assert_close(layer(x)[0], wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_biases_even_the_load_out():
+    layer = make_layer(n_experts=8, router_bias=True)
+    with torch.no_grad():
+        layer.router[:2] += 0.2  # two favourites: the inputs have a mean
+    x = torch.randn(4, 256, 32) + 0.3
+    before = layer(x)[1].tokens_per_expert
+    for _ in range(300):
+        layer.move_bias(layer(x)[1].tokens_per_expert, rate=0.002)
+    after = layer(x)[1].tokens_per_expert
+    assert before.max() > 2 * before.float().mean()
+    assert after.max() < 1.1 * after.float().mean()
+    assert "router_bias" in layer.state_dict()
+    assert "router_bias" not in make_layer().state_dict()
+
+
+def test_a_biased_choice_is_weighed_without_the_bias():
+    layer = make_layer(n_experts=4, top_k=2, router_bias=True)
+    x_D = torch.randn(32)
+    p_E = (layer.router @ x_D).softmax(-1)
+    chosen = p_E.argsort()[:2]  # the two that it would not have chosen
+    layer.router_bias[chosen] = 1.0
+    y_D = torch.zeros(32)
+    for e in chosen:
+        gate, up = (layer.w_in[e] @ x_D).chunk(2)
+        y_D += p_E[e] / p_E[chosen].sum() * (layer.w_out[e] @ (gate * gate.sigmoid() * up))
+    torch.testing.assert_close(layer(x_D.view(1, 1, 32))[0].view(32), y_D, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("top_k", [1, 2, 16])

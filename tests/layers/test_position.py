@@ -18,6 +18,65 @@ def test_rotary_angles_are_those_of_the_paper():
             assert sin[t, i] == pytest.approx(math.sin(angle), abs=1e-6)
 
 
+def test_linear_scaling_takes_smaller_steps():
+    stretched = RotaryTable(40, 8, 500.0, "linear", 4.0)(start=8, length=1)
+    for one, other in zip(stretched, RotaryTable(40, 8, 500.0)(start=2, length=1), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_llama3_scaling_stretches_long_waves_only():
+    """Llama 3.1's own settings, plane by plane, in wavelengths as its code has them."""
+    cos, sin = RotaryTable(2, 128, 500_000.0, "llama3", 8.0, 8192)(start=1, length=1)
+    kinds = set()
+    for i in range(64):
+        frequency = 500_000.0 ** (-2 * i / 128)
+        wavelength = 2 * math.pi / frequency
+        if wavelength < 8192 / 4:
+            kind, wanted = "kept", frequency
+        elif wavelength > 8192:
+            kind, wanted = "stretched", frequency / 8
+        else:
+            smooth = (8192 / wavelength - 1) / (4 - 1)
+            kind, wanted = "between", (1 - smooth) * frequency / 8 + smooth * frequency
+        kinds.add(kind)
+        assert math.atan2(sin[0, i], cos[0, i]) == pytest.approx(wanted, abs=1e-6), i
+    assert kinds == {"kept", "stretched", "between"}
+
+
+def test_yarn_stretches_by_turns_and_sharpens():
+    cos, sin = RotaryTable(2, 64, 10_000.0, "yarn", 16.0, 2048)(start=1, length=1)
+
+    def plane(turns):  # arXiv:2309.00071, the inverse of eq. 17
+        return 64 * math.log(2048 / (turns * 2 * math.pi)) / (2 * math.log(10_000.0))
+
+    first, last = math.floor(plane(32)), math.ceil(plane(1))
+    assert 0 < first < last < 32
+    for i in range(32):
+        frequency = 10_000.0 ** (-2 * i / 64)
+        ramp = min(max((i - first) / (last - first), 0), 1)
+        wanted = frequency * (1 - ramp) + frequency / 16 * ramp
+        assert math.atan2(sin[0, i], cos[0, i]) == pytest.approx(wanted, abs=1e-6), i
+        size = math.hypot(sin[0, i], cos[0, i])
+        assert size == pytest.approx(0.1 * math.log(16) + 1, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"scaling": "dynamic"}, "scaling must be one of none, linear, llama3, yarn"),
+        (
+            {"scaling": "linear", "factor": 0.5},
+            "factor must be a finite number of at least 1, got 0.5",
+        ),
+        ({"scaling": "yarn", "factor": 2.0}, "scaling yarn needs original_len, got None"),
+        ({"scaling": "llama3", "factor": 2.0, "original_len": 0}, "original_len must be"),
+    ],
+)
+def test_impossible_scalings_are_value_errors(options, message):
+    with pytest.raises(ValueError, match=f"RotaryTable: {message}"):
+        RotaryTable(8, 8, **options)
+
+
 def test_a_rotated_product_depends_on_the_distance_only():
     table = RotaryTable(200, 16)
     q, k = torch.randn(2, 1, 1, 1, 16)

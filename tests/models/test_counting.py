@@ -16,6 +16,9 @@ CONFIGS = PRESETS | {
     "hybrid": replace(SMALL, moe_every=2),
     "untied": replace(SMALL, tie_embeddings=False),
     "window": replace(SMALL, window=7),
+    "sinks": replace(SMALL, window=7, attention_sinks=3),
+    "shared experts": replace(SMALL, n_shared_experts=2, router_bias=True),
+    "one kv head": replace(SMALL, n_kv_heads=1),
     "sinusoidal, layer": replace(SMALL, position="sinusoidal", norm="layer"),
     "dense gelu": replace(SMALL, moe_every=0, activation="gelu"),
 }
@@ -27,6 +30,11 @@ CONFIGS = PRESETS | {
         ("moe-158m-gpt", 158e6, 22e6, 0.01),
         ("moe-158m", 157.9e6, 20.7e6, 0.005),
         ("dense-21m", 46.4e6, 20.6e6, 0.005),
+        ("dense-50m", 49.3e6, 23.6e6, 0.005),
+        ("dense-124m", 124e6, 85e6, 0.01),
+        ("dense-500m", 500e6, 429e6, 0.02),
+        ("dense-1b", 1e9, 902e6, 0.01),
+        ("dense-3b", 3e9, 2.82e9, 0.02),
     ],
 )
 def test_the_presets_have_the_size_in_their_name(name, total, active, tolerance):
@@ -55,6 +63,7 @@ def test_parameters_follow_from_the_shapes(config):
     embedding += config.max_seq_len * width * (config.position == "learned")
     shared = config.n_layers * (heads * config.head_dim * width + width * width + 2 * norm) + norm
     shared += sparse * config.n_experts * width + dense * dense_mlp
+    shared += sparse * config.n_shared_experts * expert
 
     count = count_parameters(config)
     assert count.embedding == embedding
@@ -63,15 +72,19 @@ def test_parameters_follow_from_the_shapes(config):
     assert count.active == shared + sparse * config.top_k * expert
 
 
-def test_parameters_are_those_of_the_module():
-    model = Transformer(SMALL)
-    assert count_parameters(SMALL).total == sum(p.numel() for p in model.parameters())
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_parameters_are_those_of_the_module(config):
+    with torch.device("meta"):  # shapes only: the big presets take no memory
+        model = Transformer(config)
+    assert count_parameters(config).total == sum(p.numel() for p in model.parameters())
 
 
-def attention_flops(q_shape, k_shape, v_shape, scale, causal, window, face, out_shape=None):
+def attention_flops(q_shape, k_shape, v_shape, scale, causal, window, sinks, face, out_shape=None):
     """Pairs of a query and a key it sees, counted one by one; 2 products of K, 2 operations."""
     batch, n_queries, n_heads, head_dim = q_shape
-    pairs = sum(min(t + 1, window or n_queries) for t in range(n_queries))
+    pairs = 0
+    for t in range(n_queries):
+        pairs += sum(not window or t - s < window or s < sinks for s in range(t + 1))
     return 2 * 2 * head_dim * batch * n_heads * pairs
 
 

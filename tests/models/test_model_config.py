@@ -46,6 +46,30 @@ from pyllm.models import PRESETS, ModelConfig, preset
         ({"n_kv_heads": 3}, r"n_heads \(4\) must be a multiple of n_kv_heads \(3\)"),
         ({"d_model": 12, "n_heads": 4}, "rope needs an even head size, .* = 3"),
         ({"top_k": 9}, r"top_k \(9\) must not exceed n_experts \(8\)"),
+        ({"rope_scaling": "ntk"}, "rope_scaling must be one of none, linear, llama3, yarn, got"),
+        ({"rope_scaling": "linear", "rope_factor": 0.5}, "rope_factor must be a number from 1 to"),
+        ({"rope_factor": 2.0}, r"rope_factor \(2.0\) and .* need a rope_scaling, got none"),
+        (
+            {"rope_original_len": 512},
+            r"rope_factor \(1.0\) and rope_original_len \(512\) need a rope_scaling",
+        ),
+        (
+            {"rope_scaling": "yarn", "rope_factor": 2},
+            "rope_scaling yarn needs rope_original_len, got None",
+        ),
+        (
+            {"rope_scaling": "linear", "position": "learned"},
+            "rope_scaling linear needs position rope, got",
+        ),
+        ({"rope_original_len": 0}, "rope_original_len must be a whole number from 1 to .*, got 0"),
+        ({"attention_sinks": 4}, r"attention_sinks \(4\) need a window, got None"),
+        ({"attention_sinks": -1}, "attention_sinks must be a whole number from 0 to .*, got -1"),
+        ({"n_shared_experts": 1, "moe_every": 0}, r"n_shared_experts \(1\) .* need experts"),
+        (
+            {"router_bias": True, "moe_every": 0},
+            r"n_shared_experts \(0\) and router_bias \(True\) need",
+        ),
+        ({"router_bias": 1}, "router_bias must be true or false, got 1"),
     ],
 )
 def test_impossible_settings_are_value_errors(settings, message):

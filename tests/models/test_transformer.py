@@ -16,6 +16,10 @@ CONFIGS = {
     "modern": TINY,
     "gpt": replace(TINY, norm="layer", position="learned", activation="gelu", n_kv_heads=4),
     "window": replace(TINY, window=4),
+    "sinks": replace(TINY, window=4, attention_sinks=2),
+    "one kv head": replace(TINY, n_kv_heads=1),
+    "shared, bias": replace(TINY, n_shared_experts=1, router_bias=True),
+    "yarn": replace(TINY, rope_scaling="yarn", rope_factor=4.0, rope_original_len=8),
     "sinusoidal": replace(TINY, position="sinusoidal"),
     "dense": replace(TINY, moe_every=0),
     "hybrid": replace(TINY, moe_every=2),
@@ -71,6 +75,19 @@ def test_no_position_sees_a_later_one_and_all_matter_to_the_last(config):
     reach = 1 + (config.n_layers * (config.window - 1) if config.window else 9)
     assert (changed[10 : 10 + reach] > 1e-6).all()
     assert (changed[10 + reach :] < 1e-6).all()
+
+
+def test_sinks_stay_in_sight():
+    """One layer, so that nothing is handed on: the last position sees the first two and the
+    last four."""
+    model = make_model(replace(CONFIGS["sinks"], n_layers=1)).eval()
+    inputs, _ = make_batch(batch=1)
+    plain = model(inputs).logits[0, -1]
+    for at in range(19):
+        other = inputs.clone()
+        other[0, at] = (other[0, at] + 1) % TINY.vocab_size
+        seen = not torch.allclose(model(other).logits[0, -1], plain, rtol=0, atol=1e-6)
+        assert seen == (at < 2 or at >= 16), at
 
 
 def test_sequences_of_a_batch_do_not_mix():
@@ -176,6 +193,32 @@ def test_a_model_in_half_precision_is_close(config, dtype):
     got = model.to(dtype)(inputs).logits
     assert got.dtype == dtype
     assert (got.float() - wanted).norm() / wanted.norm() < 0.03
+
+
+def test_the_router_bias_moves_the_choice_and_not_the_weights():
+    model = make_model(CONFIGS["shared, bias"]).eval()
+    inputs, _ = make_batch(batch=8)
+    counts = model(inputs).tokens_per_expert
+    model.move_router_bias(counts, rate=0.002)
+    moved = model(inputs).tokens_per_expert
+    mean = counts.sum(1, keepdim=True) / counts.shape[1]
+    busiest = counts.argmax(1, keepdim=True)
+    assert (moved.gather(1, busiest) < counts.gather(1, busiest)).all()
+    assert ((moved - mean).abs().sum(1) < (counts - mean).abs().sum(1)).all()
+    # A bias alike for all experts chooses as none does, and weighs as none does.
+    for block in model.blocks:
+        block.ffn.router_bias.fill_(3.0)
+    flat = model(inputs).logits
+    for block in model.blocks:
+        block.ffn.router_bias.zero_()
+    torch.testing.assert_close(model(inputs).logits, flat)
+
+
+def test_router_biases_need_a_model_that_has_them():
+    with pytest.raises(ValueError, match="the model has none; set router_bias"):
+        make_model().move_router_bias(torch.zeros(2, 8), 0.001)
+    with pytest.raises(ValueError, match=r"tokens_per_expert must have shape \(2, 8\)"):
+        make_model(CONFIGS["shared, bias"]).move_router_bias(torch.zeros(1, 8), 0.001)
 
 
 def test_too_many_tokens_are_a_value_error():

@@ -36,6 +36,13 @@ def test_a_wide_window_is_no_window() -> None:
     torch.testing.assert_close(attention(q, k, v, window=9), attention(q, k, v))
 
 
+def test_sinks_and_a_window_that_meet_are_no_window() -> None:
+    q, k, v = (torch.randn(1, 9, 2, 8) for _ in range(3))
+    torch.testing.assert_close(attention(q, k, v, window=5, sinks=4), attention(q, k, v))
+    assert not torch.allclose(attention(q, k, v, window=5, sinks=3), attention(q, k, v))
+    assert torch.equal(attention(q, k, v, sinks=3), attention(q, k, v))
+
+
 def test_the_future_is_not_seen() -> None:
     q, k, v = (torch.randn(1, 9, 2, 8) for _ in range(3))
     before = attention(q, k, v)
@@ -66,6 +73,7 @@ def _tensors(*, heads: int = 4, kv_heads: int = 2, keys: int = 5) -> tuple[torch
             {"window": 0},
             r"window \(or None\) must be a whole number of at least 1, got 0",
         ),
+        (_tensors(), {"sinks": -1}, "sinks must be a whole number of at least 0, got -1"),
         ([t[0] for t in _tensors()], {}, r"q must have shape \(B, T, H, K\)"),
         ([t.int() for t in _tensors()], {}, "q must be floating point"),
         ([*_tensors()[:2], _tensors(keys=6)[2]], {}, "v must have shape"),

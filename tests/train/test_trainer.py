@@ -132,6 +132,27 @@ def test_the_coefficients_weigh_the_router_losses(make_trainer: Callable[..., Tr
     assert all((router - plain).abs().max() > 1e-6 for router in routers.values())
 
 
+def test_the_trainer_moves_router_biases(
+    make_trainer: Callable[..., Trainer], tiny: ModelConfig
+) -> None:
+    trainer = make_trainer(model=replace(tiny, router_bias=True), bias_rate=0.25, accumulation=2)
+    metrics = trainer.step(0)
+    for layer, block in enumerate(trainer.model.blocks):
+        share = metrics["expert_load"][layer]
+        wanted = [0.25 * (1 if each < 0.25 else -1 if each > 0.25 else 0) for each in share]
+        assert block.ffn.router_bias.tolist() == wanted
+    assert any(each != 0.25 for each in share)
+    # A step that is skipped moves nothing.
+    before = weights(trainer)
+    with torch.no_grad():
+        trainer.model.final_norm.weight[0] = math.nan
+    before["final_norm.weight"] = trainer.model.final_norm.weight.clone()
+    assert not math.isfinite(trainer.step(1)["grad_norm"])
+    after = weights(trainer)
+    biases = [name for name in after if name.endswith("router_bias")]
+    assert biases and all(torch.equal(after[name], before[name]) for name in biases)
+
+
 def test_the_gradient_is_clipped(make_trainer: Callable[..., Trainer]) -> None:
     norms = []
 

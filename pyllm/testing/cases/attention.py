@@ -27,6 +27,7 @@ def _inputs(sizes: Sizes, draw: Draw) -> Arguments:
         "scale": scale,
         "causal": sizes["causal"],
         "window": sizes["window"],
+        "sinks": sizes.get("sinks", 0),
     }
 
 
@@ -98,6 +99,8 @@ MUTANTS = (
     given("causal mask missing", "forward", "causal", lambda causal: False),
     given("window missing", "forward", "window", lambda window: 0),
     given("window off by one", "forward", "window", _window_off_by_one),
+    given("sinks missing", "forward", "sinks", lambda sinks: 0),
+    given("sinks off by one", "forward", "sinks", lambda sinks: sinks + 1),
     given("keys far back not seen", "forward", "window", lambda window: window or 300),
     given("keys beyond the first 512 not seen", "forward", "k", _only_first_keys),
     Mutant("causal mask off by one in the first row", "forward", _mask_off_by_one),
@@ -111,6 +114,7 @@ MUTANTS = (
     returned("lse: last query dropped", "forward", 1, lambda lse: drop_last(lse, 2)),
     given("backward: causal mask missing", "backward", "causal", lambda causal: False),
     given("backward: window off by one", "backward", "window", _window_off_by_one),
+    given("backward: sinks missing", "backward", "sinks", lambda sinks: 0),
     given("backward: lse wrong", "backward", "lse", lambda lse: lse + 0.1),
     partly("dq: scale missing", "backward", 0, "scale", lambda scale: 1.0),
     returned("dk: halved", "backward", 1, lambda dk: dk * 0.5),
@@ -124,7 +128,7 @@ MUTANTS = (
 def _degenerate(sizes: Sizes) -> frozenset[str]:
     if 0 in (sizes["B"], sizes["T"], sizes["S"]):
         return frozenset({"y", "lse", "dq", "dk", "dv"})
-    one_key = sizes["S"] == 1 or sizes["window"] == 1
+    one_key = sizes["S"] == 1 or (sizes["window"] == 1 and not sizes.get("sinks"))
     # The softmax of one number is one whatever the number is: nothing flows to q and k.
     return frozenset({"dq", "dk"} if one_key else ())
 
@@ -133,7 +137,7 @@ def _work(sizes: Sizes, item: int) -> tuple[float, float]:
     rows = sizes["B"] * sizes["T"] * sizes["H"]
     seen = sizes["S"] - (sizes["T"] - 1) / 2 if sizes["causal"] else sizes["S"]
     if sizes["window"]:
-        seen = min(seen, sizes["window"])
+        seen = min(seen, sizes["window"] + sizes.get("sinks", 0))
     keys = sizes["B"] * sizes["S"] * sizes["G"]
     return 4.0 * rows * seen * sizes["K"], item * 2.0 * sizes["K"] * (rows + keys)
 
@@ -143,7 +147,7 @@ ATTENTION = Operation(
     inputs=_inputs,
     outputs=(Output("y"), Output("lse", upstream=None)),
     gradients=("q", "k", "v"),
-    backward=("dy", "q", "k", "v", "y", "lse", "scale", "causal", "window"),
+    backward=("dy", "q", "k", "v", "y", "lse", "scale", "causal", "window", "sinks"),
     call=lambda door, a, face: (
         door(
             a["q"],
@@ -151,6 +155,7 @@ ATTENTION = Operation(
             a["v"],
             causal=a["causal"],
             window=a["window"] or None,
+            sinks=a["sinks"],
             scale=a["scale"],
             face=face,
         ),
@@ -163,6 +168,7 @@ ATTENTION = Operation(
         "G": (1, 2, 3),
         "J": (1, 2, 4, 8),
         "past": (0, 1, 5, 16),
+        "sinks": (0, 1, 3, 20),
         "B": (1, 2),
         "causal": (True, False),
     },
@@ -171,6 +177,17 @@ ATTENTION = Operation(
         {"T": 5, "past": -3, "B": 1, "G": 1, "J": 2, "K": 8, "window": 0, "causal": True},
         {"T": 40, "past": -20, "B": 1, "G": 2, "J": 1, "K": 8, "window": 3, "causal": True},
         {"T": 257, "past": 0, "B": 1, "G": 1, "J": 1, "K": 16, "window": 128, "causal": True},
+        {
+            "T": 300,
+            "past": 9,
+            "B": 1,
+            "G": 1,
+            "J": 2,
+            "K": 8,
+            "window": 64,
+            "causal": True,
+            "sinks": 4,
+        },
         *(
             {**sizes, "B": 1, "G": 1, "J": 2, "K": width, "causal": True, "shift": shift}
             for sizes in ({"T": 33, "past": 7, "window": 0}, {"T": 64, "past": 0, "window": 16})
@@ -182,6 +199,17 @@ ATTENTION = Operation(
         {"T": 1, "past": 0, "B": 1, "G": 1, "J": 1, "K": 8, "window": 0, "causal": True},
         {"T": 7, "past": 0, "B": 2, "G": 2, "J": 2, "K": 8, "window": 0, "causal": True},
         {"T": 17, "past": 5, "B": 1, "G": 2, "J": 1, "K": 16, "window": 4, "causal": True},
+        {
+            "T": 17,
+            "past": 5,
+            "B": 1,
+            "G": 1,
+            "J": 2,
+            "K": 8,
+            "window": 4,
+            "causal": True,
+            "sinks": 2,
+        },
         {"T": 9, "past": 3, "B": 2, "G": 1, "J": 3, "K": 12, "window": 0, "causal": False},
         {"T": 5, "past": 2, "B": 1, "G": 1, "J": 1, "K": 8, "window": 1, "causal": False},
         {"T": 3, "past": 1100, "B": 1, "G": 1, "J": 1, "K": 4, "window": 0, "causal": True},

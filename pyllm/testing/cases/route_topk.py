@@ -18,7 +18,11 @@ def _inputs(sizes: Sizes, draw: Draw) -> Arguments:
         levels, jitter = levels.div(2).floor() * 2, torch.zeros_like(jitter)
     levels = levels * (4.0 / n_experts) - 2.0
     shift = draw.uniform(rows, 1) * 2 - 1
-    return {"logits": draw.to(levels + jitter + shift), "top_k": sizes["A"]}
+    logits = draw.to(levels + jitter + shift)
+    bias = None
+    if sizes.get("bias"):  # as large as the probabilities, so that it decides about as often
+        bias = draw.to(draw.uniform(n_experts) / n_experts, wide=True)
+    return {"logits": logits, "bias": bias, "top_k": sizes["A"]}
 
 
 def _rows(sizes: Sizes) -> float:
@@ -38,6 +42,14 @@ def _not_renormalised(run: Run, a: Arguments) -> tuple[Tensor, ...]:
 def _smallest(run: Run, a: Arguments) -> tuple[Tensor, ...]:
     _, experts, *_ = run(a)
     weights, _, *rest = run({**a, "logits": -a["logits"]})
+    return weights, experts, *rest
+
+
+def _bias_in_weights(run: Run, a: Arguments) -> tuple[Tensor, ...]:
+    weights, experts, *rest = run(a)
+    if a["bias"] is not None:
+        scores = (a["logits"].to(weights.dtype).softmax(-1) + a["bias"]).gather(1, experts.long())
+        weights = scores / scores.sum(-1, keepdim=True)
     return weights, experts, *rest
 
 
@@ -61,6 +73,9 @@ MUTANTS = (
     returned("experts in another order", "forward", 1, lambda e: e.flip(-1)),
     returned("expert off by one", "forward", 1, lambda e: e + 1),
     Mutant("weights of the smallest", "forward", _smallest),
+    given("bias forgotten", "forward", "bias", lambda bias: None),
+    given("bias taken off", "forward", "bias", lambda bias: None if bias is None else -bias),
+    Mutant("bias in the weights", "forward", _bias_in_weights),
     returned("balance loss without E", "forward", 2, lambda loss: loss / 7),
     returned("balance loss without 1/A", "forward", 2, lambda loss: loss * 2),
     partly("z-loss of the first rows only", "forward", 3, "logits", lambda z: z[:-1]),
@@ -102,7 +117,7 @@ ROUTE_TOPK = Operation(
         "experts",
         "tokens_per_expert",
     ),
-    call=lambda door, a, face: tuple(door(a["logits"], a["top_k"], face=face)),
+    call=lambda door, a, face: tuple(door(a["logits"], a["top_k"], bias=a["bias"], face=face)),
     door_outputs=("weights", "experts", "balance_loss", "z_loss", "tokens_per_expert"),
     axes={
         "N": (0, 1, 2, 3, 7, 16, 17, 63, 64, 65, 127, 128, 129, 513),
@@ -114,6 +129,8 @@ ROUTE_TOPK = Operation(
         {"N": 8192, "E": 16, "A": 2},
         {"N": 65, "E": 33, "A": 7, "ties": True},
         {"N": 129, "E": 16, "A": "E", "ties": True},
+        {"N": 513, "E": 16, "A": 2, "bias": True},
+        {"N": 65, "E": 33, "A": 7, "bias": True},
     ),
     tiny={"N": 5, "E": 4, "A": 2},
     smoke=(
@@ -122,6 +139,7 @@ ROUTE_TOPK = Operation(
         {"N": 9, "E": 7, "A": 2},
         {"N": 17, "E": 16, "A": "E"},
         {"N": 9, "E": 7, "A": 3, "ties": True},
+        {"N": 17, "E": 7, "A": 2, "bias": True},
     ),
     bench={"moe-tiny": {"N": 8192, "E": 8, "A": 2}, "moe-158m": {"N": 4096, "E": 16, "A": 2}},
     work=lambda s, item: (
