@@ -18,7 +18,9 @@ from pyllm.models import PRESETS, ModelConfig
 from .small import SMALL, chain_model, make_model
 
 SHAPES = {
-    name: replace(config, **SMALL, n_heads=4, n_kv_heads=max(1, config.n_kv_heads // 2))
+    name: replace(
+        config, **SMALL, n_heads=4, n_kv_heads=max(1, 4 * config.n_kv_heads // config.n_heads)
+    )
     for name, config in PRESETS.items()
 } | {
     "window": ModelConfig(**SMALL, window=5),
