@@ -15,7 +15,6 @@ from pyllm.generate.sampling import sample_token
 from pyllm.layers import KVCache
 from pyllm.models import Transformer
 
-
 USUAL_CONTEXT = 8192
 """Positions that a session has room for unless told otherwise. A published model of 1B parameters
 names 131,072, whose keys and values would take 8 GB."""

@@ -19,7 +19,8 @@ class TooLongError(ValueError):
 class Turns(Protocol):
     """What :func:`interact` gives the lines to."""
 
-    greeting: str
+    def greet(self) -> None:
+        """Say what can be typed."""
 
     def take(self, line: str) -> None:
         """Answer a line."""
@@ -31,7 +32,7 @@ def interact(turns: Turns, ask: Callable[[str], str] = input) -> None:
     Raises:
         ValueError: a line is not UTF-8.
     """
-    print(turns.greeting)
+    turns.greet()
     print("Ctrl-C ends what is being written, Ctrl-D the program.")
     while True:
         try:
@@ -122,12 +123,14 @@ class Story:
         fresh: each line begins a new story.
     """
 
-    greeting = f"Type how a story begins, and then how it goes on. {NEW} begins another one."
-
     def __init__(self, writer: Writer, fresh: bool = False) -> None:
         self.writer = writer
         self.fresh = fresh
         self._told = ""
+
+    def greet(self) -> None:
+        """Say what can be typed."""
+        print(f"Type how a story begins, and then how it goes on. {NEW} begins another one.")
 
     def take(self, line: str) -> None:
         """Print the line, and what the model makes of it."""
@@ -158,16 +161,18 @@ class Chat:
         ValueError: the model has no chat template, or not the tokens it needs.
     """
 
-    greeting = f"Type a message. {NEW} begins another conversation."
-
     def __init__(self, writer: Writer, system: str = "") -> None:
         self.writer = writer
         model = writer.model
         self._stop_ids = model.stop_ids | {model.template.end_id}
         self._system = [{"role": "system", "content": system}] if system else []
         self._messages: list[dict[str, str]] = []
-        if not model.tuned_for_chat:
-            print(f"warning: {NOT_TUNED}", file=sys.stderr, flush=True)
+        self._warned = model.tuned_for_chat
+
+    def greet(self) -> None:
+        """Say what can be typed, and that the model may not answer, if so."""
+        self._warn()
+        print(f"Type a message. {NEW} begins another conversation.")
 
     def take(self, line: str) -> None:
         """Print the answer to a message; an empty one gets none.
@@ -181,10 +186,16 @@ class Chat:
         if not line:
             return
         ids = self._with(line)
+        self._warn()
         try:
             self.writer.write(ids, self._stop_ids)
         finally:
             self._messages.append({"role": "assistant", "content": self.writer.text})
+
+    def _warn(self) -> None:
+        if not self._warned:
+            print(f"warning: {NOT_TUNED}", file=sys.stderr, flush=True)
+        self._warned = True
 
     def _with(self, line: str) -> list[int]:
         """The tokens of the conversation with one more message, and room for an answer."""
