@@ -180,7 +180,7 @@ class Session:
         """How many of the prompt's tokens the cache has. The last is run again: what follows it
         was not kept."""
         held = self.ids[row][: int(self.cache.lengths[row])]
-        pairs = zip(held, prompt[:-1], strict=False)
+        pairs = zip(held, prompt, strict=False)
         return next(
             (place for place, (one, other) in enumerate(pairs) if one != other),
             min(len(held), len(prompt) - 1),

@@ -78,6 +78,24 @@ def test_a_message_ends_no_turn_and_begins_none(content: str) -> None:
     ]
 
 
+def test_a_message_completes_no_token_of_the_template() -> None:
+    odd = template("<|im_end{{ messages[0].content }}im_start|><|pad|>")
+    pad = TOKENIZER.pad_id
+    for content in ("|>", "|><|", "<|"):
+        ids = odd.ids(ask(content))
+        assert TOKENIZER.decode(ids, skip_special=False) == f"<|im_end{content}im_start|><|pad|>"
+        assert [one for one in ids if one in TOKENIZER.special_tokens.values()] == [pad]
+
+
+def test_of_two_tokens_that_begin_alike_the_longer_one_is_meant() -> None:
+    tokenizer = train_bpe(["Hello"] * 2, 270, ["<|endoftext|>", "<|x", "<|x|>", "<|x|>y"])
+    source = "<|x<|x|><|x|>yy<|x|<|x|>{{ messages[0].content }}"
+    ids = template(source, tokenizer).ids(ask("<|x|>y"))
+    text = source.partition("{{")[0]
+    expected = tokenizer.encode(text, allow_special=True) + tokenizer.encode("<|x|>y")
+    assert ids == expected and tokenizer.special_tokens["<|x|>y"] in ids
+
+
 PARTS = st.sampled_from([*SPECIALS, "<|", "|>", "im_end", "<", ">", "|", " ", "\n", "x", "\ue000"])
 
 

@@ -230,9 +230,15 @@ def test_an_answer_ends_with_its_turn(tmp_path: Path) -> None:
     assert model.chat(HELLO, greedy=True, stop="x") == "A red fo"
 
 
-def test_an_answer_may_also_end_with_the_text(tmp_path: Path) -> None:
+@pytest.mark.parametrize("end", ["<|endoftext|>", "<|im_end|>"])
+def test_an_answer_ends_with_the_text_too_and_with_its_turn_in_any_model(
+    tmp_path: Path, end: str
+) -> None:
+    model = chat_model(tmp_path, end=end)
+    session = model.new_session()
     with pytest.warns(UserWarning, match="was not fine-tuned for chat"):
-        assert chat_model(tmp_path, end="<|endoftext|>").chat(HELLO, greedy=True) == "A red fox!"
+        assert model.chat(HELLO, session=session, greedy=True) == "A red fox!"
+    assert CHAT.decode(session.ids[0], skip_special=False).endswith("assistant\nA red fox!")
 
 
 def test_a_conversation_is_not_computed_again(tmp_path: Path) -> None:

@@ -89,6 +89,7 @@ def test_the_same_prompt_again_runs_its_last_token(model, monkeypatch):
     spy = Spy(model, monkeypatch)
     assert write(one, [[3, 1, 4]], GREEDY) == first
     assert spy.runs[0] == [1]
+    assert (one.timing.prefill_tokens, one.timing.decode_tokens) == (1, 7)
     spy.runs.clear()
     assert write(one, [[3]], GREEDY)[0] == alone(model, [3], GREEDY)
     assert spy.runs[0] == [1]
@@ -211,7 +212,7 @@ def test_an_interruption_anywhere_leaves_a_session_that_goes_on(model, monkeypat
             patch.setattr(session, "sample_token", Interrupting(session.sample_token, after))
         else:
             patch.setattr(one.cache, "truncate", Interrupting(one.cache.truncate, after % 2))
-        write(one, [[3, 1, 4, *one.ids[0][3:], 9]], long)
+        write(one, [[3, 1, 9, 9, 9, 9] if place == "truncate" else [*one.ids[0], 9]], long)
         raise KeyboardInterrupt  # it was over before
     ids = one.ids[0]
     assert write(one, [[*ids, 8]], GREEDY)[0] == alone(model, [*ids, 8], GREEDY)
