@@ -215,8 +215,10 @@ def test_an_interruption_anywhere_leaves_a_session_that_goes_on(model, monkeypat
         write(one, [[3, 1, 9, 9, 9, 9] if place == "truncate" else [*one.ids[0], 9]], long)
         raise KeyboardInterrupt  # it was over before
     ids = one.ids[0]
-    assert write(one, [[*ids, 8]], GREEDY)[0] == alone(model, [*ids, 8], GREEDY)
-    assert write(one, [[3, 1, 5]], GREEDY)[0] == alone(model, [3, 1, 5], GREEDY)
+    # Draws of a hot model differ where any number of it does.
+    hot = SamplingConfig(seed=1, temperature=3.0, top_p=1.0, max_new_tokens=30)
+    assert write(one, [[*ids, 8]], hot)[0] == alone(model, [*ids, 8], hot)
+    assert write(one, [[3, 1, 5]], hot)[0] == alone(model, [3, 1, 5], hot)
 
 
 def test_the_penalty_is_for_all_tokens_of_the_text(model):
