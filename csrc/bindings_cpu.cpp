@@ -95,4 +95,6 @@ PYBIND11_MODULE(_cpu, module) {
   PYLLM_DEFINE(attention_softmax);
   PYLLM_DEFINE(attention_softmax_gradient);
   PYLLM_DEFINE(attention_delta);
+  PYLLM_DEFINE(kv_append);
+  PYLLM_DEFINE(decode_attention);
 }

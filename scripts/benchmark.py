@@ -62,6 +62,8 @@ def main(config: Config) -> None:
 
     if config.out is not None:
         require_writable(config.out.parent)
+        if config.out.is_dir():
+            raise ValueError(f"--out {config.out} is a folder; name a file")
     if config.threads:
         torch.set_num_threads(config.threads)
     device, dtype = choose_device(config.device), pick_dtype(config.dtype)

@@ -51,6 +51,11 @@ def ready(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor.to(dtype).contiguous()
 
 
+def unit_stride(x: Tensor) -> Tensor:
+    """``x`` itself where the channels of a head lie side by side, as copying them whole needs."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
 def require_range(
     op: str, name: str, indices: Tensor, limit: int, ignore_index: int | None = None
 ) -> None:

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pyllm.cpu_kernels._launch import accumulator, dtype_code, extension, ready
+from pyllm.cpu_kernels._launch import accumulator, dtype_code, extension, ready, unit_stride
 from pyllm.cpu_kernels._shapes import rounded
 
 PRODUCTS_BY_TORCH = True
@@ -105,11 +105,6 @@ def _problem(q: Tensor, k: Tensor, scale: float, causal: bool, window: int, sink
         min(sinks, k.shape[1]) if window else 0,
         q.dtype,
     )
-
-
-def _unit_stride(x: Tensor) -> Tensor:
-    """``x`` itself where the channels of a head lie side by side, as packing needs."""
-    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 class _Scratch:
@@ -215,7 +210,7 @@ def attention_forward(
     y_BTHK = q_BTHK.new_empty(q_BTHK.shape)
     if y_BTHK.numel() == 0:
         return y_BTHK, lse_BHT.fill_(float("-inf"))
-    q_BTHK, k_BSGK, v_BSGK = (_unit_stride(x) for x in (q_BTHK, k_BSGK, v_BSGK))
+    q_BTHK, k_BSGK, v_BSGK = (unit_stride(x) for x in (q_BTHK, k_BSGK, v_BSGK))
     problem = _problem(q_BTHK, k_BSGK, scale, causal, window, sinks)
     groups, keys, padded = problem.groups, problem.n_keys, problem.padded_keys
     blocks, scratch = problem.blocks(), _Scratch(q_BTHK)
@@ -258,7 +253,7 @@ def attention_backward(
     dk_BSGK, dv_BSGK = k_BSGK.new_empty(k_BSGK.shape), v_BSGK.new_empty(v_BSGK.shape)
     if q_BTHK.numel() == 0 or k_BSGK.numel() == 0:
         return dq_BTHK.zero_(), dk_BSGK.zero_(), dv_BSGK.zero_()
-    q_BTHK, k_BSGK, v_BSGK = (_unit_stride(x) for x in (q_BTHK, k_BSGK, v_BSGK))
+    q_BTHK, k_BSGK, v_BSGK = (unit_stride(x) for x in (q_BTHK, k_BSGK, v_BSGK))
     dy_BTHK, y_BTHK = ready(dy_BTHK, q_BTHK.dtype), y_BTHK.contiguous()
     lse_BHT = ready(lse_BHT, wide)
     delta_BHT = torch.empty_like(lse_BHT)

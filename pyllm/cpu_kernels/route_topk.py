@@ -14,6 +14,8 @@ def route_topk_forward(
     logits_NE = logits_NE.contiguous()
     bias_E = None if bias_E is None else ready(bias_E, wide)
     n_rows, n_experts = logits_NE.shape
+    if not 1 <= top_k <= n_experts:  # the door checks as well, but not a call of the raw operation
+        raise ValueError(f"route_topk: top_k must be from 1 to {n_experts}, got {top_k}")
     weights_NA = torch.empty(n_rows, top_k, dtype=wide)
     experts_NA = torch.empty(n_rows, top_k, dtype=torch.int32)
     balance_loss, z_loss = torch.empty((), dtype=wide), torch.empty((), dtype=wide)

@@ -63,6 +63,8 @@ def read_texts(
         raise ValueError(f"{name}: a folder; give one of the files in it ({', '.join(known)})")
     if split is not None:
         raise ValueError(f"{name}: split {split!r} was asked of a file, which has no splits")
+    if not path.is_file():  # a pipe or a device: it is read several times, and has no size
+        raise ValueError(f"{name}: not a regular file; write what it gives into one first")
     if path.stat().st_size == 0:
         raise ValueError(f"{name}: the file is empty; expected documents")
     if suffix == ".jsonl":

@@ -40,7 +40,7 @@ def validation_loss(
     """
     total, count = 0.0, 0
     device = model.embedding.weight.device
-    with _evaluating(model), autocast or nullcontext():
+    with evaluating(model), autocast or nullcontext():
         for batch in batches:
             pair = isinstance(batch, tuple | list) and len(batch) == 2
             if not pair or not all(isinstance(part, Tensor) for part in batch):
@@ -92,7 +92,7 @@ def bits_per_byte(
             f"context of {model.config.max_seq_len}; use a larger vocabulary or context"
         )
     nats = 0.0
-    with _evaluating(model), autocast or nullcontext():
+    with evaluating(model), autocast or nullcontext():
         for inputs, targets in _padded(
             [ids for ids, _ in windows], tokenizer.end_of_text_id, tokens_per_batch
         ):
@@ -105,7 +105,7 @@ def bits_per_byte(
 
 
 @contextmanager
-def _evaluating(model: Transformer) -> Iterator[None]:
+def evaluating(model: Transformer) -> Iterator[None]:
     """Evaluation mode, and the old one again afterwards, whatever happens."""
     was_training = model.training
     model.eval()

@@ -47,10 +47,10 @@ def _model_in(folder: Path) -> Path | None:
     if (folder / "model.safetensors").is_file():
         return folder
     for name in ("best", "last"):
-        # The .old name is what a kill between two renames leaves; loading puts it right.
-        for candidate in (folder / name, folder / f"{name}.old"):
-            if (candidate / "model.safetensors").is_file():
-                return folder / name
+        # The .old name is what a kill between two renames leaves; loading puts it right. A folder
+        # that has lost its weights counts: passed over in silence, the other would tell the story.
+        if (folder / name).is_dir() or (folder / f"{name}.old").is_dir():
+            return folder / name
     return None
 
 

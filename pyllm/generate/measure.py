@@ -33,7 +33,7 @@ class DecodeTimes:
     @property
     def quartiles(self) -> tuple[float, float]:
         """Lower and upper quartile of the steps: their spread."""
-        low, _, high = statistics.quantiles(self.steps, n=4)
+        low, _, high = statistics.quantiles(self.steps, n=4, method="inclusive")
         return low, high
 
     @property

@@ -1,11 +1,14 @@
 """Causal self-attention as a layer: projections, rotary positions, cache, attention."""
 
+from collections.abc import Sequence
+
+import torch
 from torch import Tensor, nn
 
 from pyllm._checks import check_size
 from pyllm.layers._checks import check_fits, check_input, check_sizes
-from pyllm.layers.kv_cache import KVCache
-from pyllm.ops import attention, rope
+from pyllm.layers.kv_cache import PIECE, KVCache
+from pyllm.ops import attention, decode_attention, rope
 
 
 class CausalSelfAttention(nn.Module):
@@ -62,8 +65,15 @@ class CausalSelfAttention(nn.Module):
         rotary: tuple[Tensor, Tensor] | None = None,
         cache: KVCache | None = None,
         layer: int = 0,
+        counts: Sequence[int] | None = None,
     ) -> Tensor:
-        """(B, T, D) to (B, T, D); with a cache, T new tokens see everything it holds."""
+        """(B, T, D) to (B, T, D); with a cache, T new tokens see everything it holds.
+
+        ``counts`` says how many of the T are real in each sequence of a cache, None for all.
+
+        Raises:
+            ValueError: a cache that does not fit.
+        """
         check_input("CausalSelfAttention", x_BTD, self.width, dims=3)
         qkv_BTJK = self.qkv_proj(x_BTD).unflatten(-1, (sum(self.heads), self.head_dim))
         if rotary is None:
@@ -73,7 +83,50 @@ class CausalSelfAttention(nn.Module):
             n_turned = self.heads[0] + self.heads[1]
             qk_BTJK, v_BTGK = qkv_BTJK.split([n_turned, self.heads[2]], dim=2)
             q_BTHK, k_BTGK = rope(qk_BTJK, *rotary).split(self.heads[:2], dim=2)
-        if cache is not None:
-            k_BTGK, v_BTGK = cache.append(layer, k_BTGK, v_BTGK)
-        y_BTHK = attention(q_BTHK, k_BTGK, v_BTGK, window=self.window, sinks=self.sinks)
+        if cache is None:
+            y_BTHK = attention(q_BTHK, k_BTGK, v_BTGK, window=self.window, sinks=self.sinks)
+        else:
+            y_BTHK = self._attend(q_BTHK, k_BTGK, v_BTGK, cache, layer, counts)
         return self.out_proj(y_BTHK.flatten(2))
+
+    def _attend(
+        self,
+        q_BTHK: Tensor,
+        k_BTGK: Tensor,
+        v_BTGK: Tensor,
+        cache: KVCache,
+        layer: int,
+        counts: Sequence[int] | None,
+    ) -> Tensor:
+        """Append the new keys and values, and let the new queries see what they may."""
+        if cache.rolling and (cache.window, cache.sinks) != (self.window, self.sinks):
+            raise ValueError(
+                f"kv cache: it rolls with a window of {cache.window} and {cache.sinks} sinks, and "
+                f"the layer has a window of {self.window} and {self.sinks}; make a cache for this "
+                "model"
+            )
+        n_tokens = q_BTHK.shape[1]
+        if cache.length == 0:
+            # Nothing to look back to, and padding is on the right, where no real query sees it.
+            cache.append(layer, k_BTGK, v_BTGK, counts)
+            return attention(q_BTHK, k_BTGK, v_BTGK, window=self.window, sinks=self.sinks)
+        if n_tokens > PIECE and counts is None and cache.is_even and not cache.rolling:
+            # Matrix products pay for a long block. All of its keys lie side by side.
+            cache.append(layer, k_BTGK, v_BTGK)
+            k_BSGK, v_BSGK = (x[:, : cache.length + n_tokens] for x in cache.slots(layer))
+            return attention(q_BTHK, k_BSGK, v_BSGK, window=self.window, sinks=self.sinks)
+        pieces = []
+        for before in range(0, max(n_tokens, 1), PIECE):
+            new = slice(before, before + PIECE)
+            at = cache.append(layer, k_BTGK[:, new], v_BTGK[:, new], counts, before)
+            pieces.append(
+                decode_attention(
+                    q_BTHK[:, new],
+                    *cache.slots(layer),
+                    *at,
+                    window=self.window,
+                    sinks=self.sinks,
+                    rolling=cache.rolling,
+                )
+            )
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)

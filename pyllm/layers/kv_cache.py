@@ -1,26 +1,46 @@
-"""The contiguous key-value cache: what generation keeps so that each token is computed once."""
+"""The key-value cache: what generation keeps so that each token is computed once.
 
+Contiguous, or rolling: then its memory does not grow with the text. The sequences of a batch may
+have different lengths.
+"""
+
+from collections.abc import Sequence
 from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from pyllm._checks import check_size
+from pyllm._checks import check_size, shown
 from pyllm._memory import check_memory
 from pyllm.layers._checks import check_sizes
+from pyllm.ops import kv_append
+
+PIECE = 16
+"""New tokens that a rolling cache takes at once: it has room for so many beside the window of the
+first. Longer blocks are cut."""
 
 
 class KVCache:
-    """Keys and values of every layer for up to ``max_length`` positions.
+    """Keys and values of every layer for up to ``max_length`` positions of each sequence.
 
-    Memory: ``2 * n_layers * batch * max_length * n_kv_heads * head_dim`` numbers.
+    A rolling cache keeps the first ``sinks`` positions and the last ``window + PIECE - 1``, however
+    long the text is (Mistral 7B, arXiv:2310.06825, sec. 2; StreamingLLM, arXiv:2309.17453). Where
+    that is no less than ``max_length``, the cache is contiguous all the same.
+
+    Memory: ``2 * n_layers * batch * slots * n_kv_heads * head_dim`` numbers, with ``max_length``
+    slots in a contiguous cache.
 
     Args:
         n_layers, batch, max_length, n_kv_heads, head_dim: sizes.
+        window: positions a query sees, its own included; None for all.
+        sinks: first positions that every query sees although the window would hide them.
+        rolling: forget what no query will see again.
         dtype, device: of the stored keys and values.
 
     Raises:
-        ValueError: a size below 1, more than the machine's memory.
+        ValueError: a size below 1, sinks below 0, a rolling cache without a window, more than the
+            machine's memory.
     """
 
     def __init__(
@@ -31,10 +51,13 @@ class KVCache:
         n_kv_heads: int,
         head_dim: int,
         *,
+        window: int | None = None,
+        sinks: int = 0,
+        rolling: bool = False,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> None:
-        check_sizes(
+        n_layers, batch, max_length, n_kv_heads, head_dim = check_sizes(
             "kv cache",
             n_layers=n_layers,
             batch=batch,
@@ -42,38 +65,102 @@ class KVCache:
             n_kv_heads=n_kv_heads,
             head_dim=head_dim,
         )
-        shape = (n_layers, 2, batch, max_length, n_kv_heads, head_dim)
+        if window is not None:
+            (window,) = check_sizes("kv cache", window=window)
+        self.max_length = max_length
+        """Positions a sequence may have."""
+        self.window = window
+        """Positions a query sees, or None."""
+        self.sinks = check_size("kv cache: sinks", sinks, 0)
+        """First positions that stay in sight."""
+        n_slots = max_length
+        if rolling:
+            if window is None:
+                raise ValueError("kv cache: a rolling cache needs a window, got None")
+            n_slots = min(max_length, self.sinks + window + PIECE - 1)
+        self.rolling = n_slots < max_length
+        """Are slots used again?"""
+        shape = (n_layers, 2, batch, n_slots, n_kv_heads, head_dim)
         if torch.device(device).type == "cpu":
             check_memory(
-                f"a kv cache of {max_length:,} positions for {batch:,} sequences",
-                prod(map(int, shape)) * dtype.itemsize,
+                f"a kv cache of {n_slots:,} positions for {batch:,} sequences",
+                prod(shape) * dtype.itemsize,
                 "make it shorter or the batch smaller",
             )
         self._store_L2BSGK = torch.zeros(shape, dtype=dtype, device=device)
-        self.length = 0
-        """Positions filled in every layer."""
+        self._lengths = [0] * batch
+        # The first position of each sequence from which on no slot was used again.
+        self._oldest = [0] * batch
 
     @property
-    def max_length(self) -> int:
-        """Positions there is room for."""
-        return self._store_L2BSGK.shape[3]
+    def batch(self) -> int:
+        """Sequences side by side."""
+        return len(self._lengths)
 
-    def append(self, layer: int, k_BTGK: Tensor, v_BTGK: Tensor) -> tuple[Tensor, Tensor]:
-        """Write T new positions of one layer; return all keys and values so far, (B, S, G, K).
+    @property
+    def lengths(self) -> Tensor:
+        """(B,) int32 on the CPU: positions of each sequence that every layer has taken in."""
+        return torch.tensor(self._lengths, dtype=torch.int32)
+
+    @property
+    def length(self) -> int:
+        """The longest of the lengths."""
+        return max(self._lengths)
+
+    @property
+    def is_even(self) -> bool:
+        """Are all sequences of one length?"""
+        return min(self._lengths) == self.length
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of the keys and values."""
+        return self._store_L2BSGK.nbytes
+
+    def slots(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of a layer, (B, S, G, K), as :func:`pyllm.ops.kv_append` lays them.
+
+        Raises:
+            ValueError: there is no such layer.
+        """
+        n_layers = self._store_L2BSGK.shape[0]
+        if not 0 <= layer < n_layers:
+            raise ValueError(f"kv cache: layer must be from 0 to {n_layers - 1}, got {layer}")
+        k_cache_BSGK, v_cache_BSGK = self._store_L2BSGK[layer]
+        return k_cache_BSGK, v_cache_BSGK
+
+    def append(
+        self,
+        layer: int,
+        k_BTGK: Tensor,
+        v_BTGK: Tensor,
+        counts: Sequence[int] | None = None,
+        before: int = 0,
+    ) -> tuple[Tensor, Tensor]:
+        """Write up to T new positions of one layer behind those that the cache holds.
 
         ``advance`` moves on to the next positions once every layer has written.
 
+        Args:
+            layer: from 0 on.
+            k_BTGK, v_BTGK: new keys and values, converted to the cache's dtype.
+            counts: how many of the new tokens are real in each sequence, the others being padding
+                on the right; None for all. Those before this call are counted, too.
+            before: tokens of the same step that this layer has appended already.
+
+        Returns:
+            (B,) int32 starts and counts, as :func:`pyllm.ops.decode_attention` wants them.
+
         Raises:
-            ValueError: no room for T more positions, keys or values of another shape, or ones
+            ValueError: no room for so many positions, keys or values of another shape, or ones
                 that want a gradient, which would stop at the cache.
         """
         if torch.is_grad_enabled() and (k_BTGK.requires_grad or v_BTGK.requires_grad):
             raise ValueError(
                 "kv cache: gradients do not flow through it; use it under torch.inference_mode()"
             )
-        n_layers, _, batch, _, n_kv_heads, head_dim = self._store_L2BSGK.shape
-        if not 0 <= layer < n_layers:
-            raise ValueError(f"kv cache: layer must be from 0 to {n_layers - 1}, got {layer}")
+        k_cache_BSGK, v_cache_BSGK = self.slots(layer)
+        batch, n_slots, n_kv_heads, head_dim = k_cache_BSGK.shape
         # One sequence would be written into every row of a larger batch.
         shape = (batch, k_BTGK.shape[1] if k_BTGK.dim() > 1 else "T", n_kv_heads, head_dim)
         if tuple(k_BTGK.shape) != shape or tuple(v_BTGK.shape) != shape:
@@ -82,30 +169,100 @@ class KVCache:
                 f"{head_dim}), got {tuple(k_BTGK.shape)} and {tuple(v_BTGK.shape)}; make a cache "
                 "for this batch and this model"
             )
-        end = self.length + k_BTGK.shape[1]
-        if end > self.max_length:
+        n_tokens = k_BTGK.shape[1]
+        if counts is None:
+            counts = [before + n_tokens] * batch
+        else:
+            counts = self._for_each("kv cache: counts", counts, [self.max_length] * batch)
+        here = [min(max(count - before, 0), n_tokens) for count in counts]
+        starts = [
+            length + min(before, count) for length, count in zip(self._lengths, counts, strict=True)
+        ]
+        ends = [start + count for start, count in zip(starts, here, strict=True)]
+        if max(ends) > self.max_length:
             raise ValueError(
-                f"kv cache: {end} positions do not fit into {self.max_length}; "
+                f"kv cache: {max(ends)} positions do not fit into {self.max_length}; "
                 "generate fewer tokens or make a larger cache"
             )
-        keys_BSGK, values_BSGK = self._store_L2BSGK[layer]
-        keys_BSGK[:, self.length : end] = k_BTGK
-        values_BSGK[:, self.length : end] = v_BTGK
-        return keys_BSGK[:, :end], values_BSGK[:, :end]
+        dtype, device = k_cache_BSGK.dtype, k_cache_BSGK.device
+        starts_B, counts_B = torch.tensor([starts, here], dtype=torch.int32).to(device)
+        kv_append(
+            k_cache_BSGK,
+            v_cache_BSGK,
+            k_BTGK.to(dtype),
+            v_BTGK.to(dtype),
+            starts_B,
+            counts_B,
+            sinks=self.sinks,
+            rolling=self.rolling,
+        )
+        if self.rolling:
+            ring = n_slots - self.sinks
+            pairs = zip(self._oldest, ends, strict=True)
+            self._oldest = [max(oldest, end - ring) for oldest, end in pairs]
+        return starts_B, counts_B
 
-    def advance(self, n_tokens: int) -> None:
+    def advance(self, counts: Any) -> None:
         """Call once per step, after the last layer.
+
+        Args:
+            counts: new positions; a number, or one for each sequence.
 
         Raises:
             ValueError: a negative number, or more than there is room for.
         """
-        check_size("kv cache: the tokens to advance by", n_tokens, 0, self.max_length - self.length)
-        self.length += n_tokens
+        room = [self.max_length - length for length in self._lengths]
+        added = self._for_each("kv cache: the tokens to advance by", counts, room)
+        self._lengths = [old + new for old, new in zip(self._lengths, added, strict=True)]
 
-    def truncate(self, length: int) -> None:
-        """Forget everything from position ``length`` on.
+    def truncate(self, lengths: Any) -> None:
+        """Forget everything from position ``lengths`` on; a number, or one for each sequence.
 
         Raises:
-            ValueError: it is negative, or more than there is.
+            ValueError: it is negative, or more than there is, or a rolling cache has written over
+                what the next position would look back to; see :meth:`within_reach`.
         """
-        self.length = check_size("kv cache: the length to truncate to", length, 0, self.length)
+        lengths = self._for_each("kv cache: the length to truncate to", lengths, self._lengths)
+        for row, (length, reached) in enumerate(zip(lengths, self._reach(lengths), strict=True)):
+            if length != reached:
+                raise ValueError(
+                    f"kv cache: it rolls, and what position {length} of sequence {row} looks back "
+                    f"to has been written over; truncate to at least "
+                    f"{self._oldest[row] + (self.window or 0) - 1}, or to 0 and run the text again"
+                )
+        self._oldest = [min(pair) for pair in zip(self._oldest, lengths, strict=True)]
+        self._lengths = lengths
+
+    def within_reach(self, lengths: Any) -> list[int]:
+        """The same lengths, one for each sequence, but 0 where ``truncate`` cannot go back so far.
+
+        Raises:
+            ValueError: a length is negative, or more than there is.
+        """
+        return self._reach(
+            self._for_each("kv cache: the length to truncate to", lengths, self._lengths)
+        )
+
+    def _reach(self, lengths: list[int]) -> list[int]:
+        if not self.rolling:
+            return lengths
+        assert self.window is not None
+        reached = []
+        for length, oldest in zip(lengths, self._oldest, strict=True):
+            # The next query sees from here on in the ring; nothing, where that is itself.
+            first = max(self.sinks, length - self.window + 1)
+            reached.append(0 if first < min(oldest, length) else length)
+        return reached
+
+    def _for_each(self, name: str, value: Any, most: list[int]) -> list[int]:
+        """A whole number for each sequence, at least 0."""
+        if isinstance(value, Tensor):
+            value = value.tolist()
+        if not isinstance(value, (list, tuple)):
+            value = [value] * self.batch
+        if len(value) != self.batch:
+            raise ValueError(
+                f"{name} must be a whole number, or one for each of the {self.batch} sequences, "
+                f"got {shown(value)}"
+            )
+        return [check_size(name, one, 0, limit) for one, limit in zip(value, most, strict=True)]

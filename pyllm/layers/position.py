@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from pyllm._checks import check_choice, check_number
 from pyllm.layers._checks import check_fits, check_sizes
 from pyllm.layers.rope_scaling import SCALINGS, rotation
-from pyllm.ops._checks import check_whole
+from pyllm.ops._checks import check_index_range, check_whole
 
 
 class RotaryTable(nn.Module):
@@ -72,6 +72,11 @@ class RotaryTable(nn.Module):
         _check_positions("RotaryTable", start, length, self.cos.shape[0])
         return self.cos[start : start + length], self.sin[start : start + length]
 
+    def at(self, positions_BT: Tensor) -> tuple[Tensor, Tensor]:
+        """Tables (B, T, K/2), where the rows of a batch stand at different positions."""
+        check_index_range("RotaryTable", "positions", positions_BT, self.cos.shape[0])
+        return self.cos[positions_BT], self.sin[positions_BT]
+
 
 class LearnedPositions(nn.Module):
     """One trained vector for each position, added to the embeddings (GPT-2)."""
@@ -86,6 +91,11 @@ class LearnedPositions(nn.Module):
         """(length, D)."""
         _check_positions("LearnedPositions", start, length, self.weight.shape[0])
         return self.weight[start : start + length]
+
+    def at(self, positions_BT: Tensor) -> Tensor:
+        """(B, T, D), where the rows of a batch stand at different positions."""
+        check_index_range("LearnedPositions", "positions", positions_BT, self.weight.shape[0])
+        return self.weight[positions_BT]
 
 
 class SinusoidalPositions(nn.Module):
@@ -110,6 +120,11 @@ class SinusoidalPositions(nn.Module):
         """(length, D)."""
         _check_positions("SinusoidalPositions", start, length, self.table.shape[0])
         return self.table[start : start + length]
+
+    def at(self, positions_BT: Tensor) -> Tensor:
+        """(B, T, D), where the rows of a batch stand at different positions."""
+        check_index_range("SinusoidalPositions", "positions", positions_BT, self.table.shape[0])
+        return self.table[positions_BT]
 
 
 def _check_table(layer: str, length: int, width: int, trained: bool = False) -> None:

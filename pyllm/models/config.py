@@ -147,6 +147,11 @@ class ModelConfig:
             raise ValueError(
                 f"ModelConfig: attention_sinks ({self.attention_sinks}) need a window, got None"
             )
+        if self.moe_every > self.n_layers:
+            raise ValueError(
+                f"ModelConfig: moe_every ({self.moe_every}) makes none of {self.n_layers} layers a "
+                "mixture; give 0 for a dense model"
+            )
         if not self.moe_every and (self.n_shared_experts or self.router_bias):
             raise ValueError(
                 f"ModelConfig: n_shared_experts ({self.n_shared_experts}) and router_bias "

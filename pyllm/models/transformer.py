@@ -1,12 +1,13 @@
 """The decoder-only transformer: embedding, pre-norm blocks, final norm, output projection."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from pyllm._checks import shown
+from pyllm._checks import check_size, shown
 from pyllm.layers import MLP, CausalSelfAttention, Dispatcher, KVCache, MoE, RouterStatistics
 from pyllm.layers._checks import check_fits
 from pyllm.layers.norm import NORMS
@@ -71,9 +72,11 @@ class Block(nn.Module):
         x_BTD: Tensor,
         rotary: tuple[Tensor, Tensor] | None = None,
         cache: KVCache | None = None,
+        counts: Sequence[int] | None = None,
     ) -> tuple[Tensor, RouterStatistics | None]:
         """(B, T, D) to (B, T, D), and the router's statistics of an MoE layer."""
-        x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), rotary, cache, self.layer)
+        normed_BTD = self.attention_norm(x_BTD)
+        x_BTD = x_BTD + self.attention(normed_BTD, rotary, cache, self.layer, counts)
         normed_BTD = self.ffn_norm(x_BTD)
         if isinstance(self.ffn, MoE):
             y_BTD, statistics = self.ffn(normed_BTD)
@@ -103,7 +106,7 @@ class Transformer(nn.Module):
         self.recompute = False
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
         self.rotary: RotaryTable | None = None
-        self.positions: nn.Module | None = None
+        self.positions: LearnedPositions | SinusoidalPositions | None = None
         if config.position == "rope":
             self.rotary = RotaryTable(
                 config.max_seq_len,
@@ -170,55 +173,96 @@ class Transformer(nn.Module):
         """(V, D)."""
         return self.embedding.weight if self.output is None else self.output.weight
 
-    def new_cache(self, batch: int, max_length: int | None = None) -> KVCache:
-        """An empty kv cache for this model, by default as long as its context.
+    def new_cache(
+        self, batch: int = 1, max_length: int | None = None, rolling: bool | None = None
+    ) -> KVCache:
+        """An empty kv cache for this model.
+
+        Args:
+            batch: sequences side by side.
+            max_length: positions of each; by default the model's context.
+            rolling: keep only what the window and the sinks can see; by default where the model
+                has a window.
 
         Raises:
-            ValueError: a size below 1, more than the machine's memory.
+            ValueError: a size below 1, rolling without a window, more than the machine's memory.
         """
+        config = self.config
         return KVCache(
-            self.config.n_layers,
+            config.n_layers,
             batch,
-            self.config.max_seq_len if max_length is None else max_length,
-            self.config.n_kv_heads,
-            self.config.head_dim,
+            config.max_seq_len if max_length is None else max_length,
+            config.n_kv_heads,
+            config.head_dim,
+            window=config.window,
+            sinks=config.attention_sinks,
+            rolling=config.window is not None if rolling is None else rolling,
             dtype=self.embedding.weight.dtype,
             device=self.embedding.weight.device,
         )
 
     def hidden(
-        self, input_ids_BT: Tensor, cache: KVCache | None = None
+        self,
+        input_ids_BT: Tensor,
+        cache: KVCache | None = None,
+        counts: Tensor | Sequence[int] | None = None,
     ) -> tuple[Tensor, list[RouterStatistics]]:
         """Token ids to the last hidden states (B, T, D), after the final norm.
 
+        Args:
+            input_ids_BT: (B, T) int64.
+            cache: appended to; the T tokens come after what it holds.
+            counts: (B,) how many of the T are real in each sequence of the cache, the others being
+                padding on the right whose hidden states mean nothing; None for all. Padding is
+                routed to experts and counted in the statistics like any token.
+
         Raises:
             ValueError: ids of a wrong shape, dtype or device, more positions than the model's
-                context, a cache that does not fit; on the CPU also an id out of range.
+                context, a cache that does not fit, counts that are not between 0 and T or come
+                without a cache; on the CPU also an id out of range.
         """
         self._check_ids("input_ids", input_ids_BT, ("B", "T"))
-        start = 0 if cache is None else cache.length
+        real = _checked_counts(input_ids_BT, cache, counts)
+        starts = [0] if cache is None else cache.lengths.tolist()
         n_tokens = input_ids_BT.shape[1]
-        if start + n_tokens > self.config.max_seq_len:
+        if real is None:
+            end = max(starts) + n_tokens
+        else:
+            end = max(start + count for start, count in zip(starts, real, strict=True))
+        if end > self.config.max_seq_len:
             raise ValueError(
-                f"{start + n_tokens} tokens do not fit into the model's context of "
-                f"{self.config.max_seq_len}"
+                f"{end} tokens do not fit into the model's context of {self.config.max_seq_len}"
             )
-        x_BTD = self.embedding(input_ids_BT)
-        if self.positions is not None:
-            x_BTD = x_BTD + self.positions(start, n_tokens)
-        rotary = None if self.rotary is None else self.rotary(start, n_tokens)
+        x_BTD, rotary = self._embed(input_ids_BT, starts)
         statistics = []
         for block in self.blocks:
             # What a cache took in cannot be computed once more: it has changed since.
             if self.recompute and self.training and torch.is_grad_enabled() and cache is None:
                 x_BTD, routed = checkpoint(block, x_BTD, rotary, use_reentrant=False)
             else:
-                x_BTD, routed = block(x_BTD, rotary, cache)
+                x_BTD, routed = block(x_BTD, rotary, cache, real)
             if routed is not None:
                 statistics.append(routed)
         if cache is not None:
-            cache.advance(n_tokens)
+            cache.advance(n_tokens if real is None else real)
         return self.final_norm(x_BTD), statistics
+
+    def _embed(
+        self, input_ids_BT: Tensor, starts: list[int]
+    ) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+        """Embeddings with positions added, and the rotary tables of a model that turns instead."""
+        x_BTD = self.embedding(input_ids_BT)
+        n_tokens, context = input_ids_BT.shape[1], self.config.max_seq_len
+        table = self.rotary if self.positions is None else self.positions
+        assert table is not None
+        if min(starts) == max(starts) <= context - n_tokens:
+            found = table(starts[0], n_tokens)
+        else:
+            steps_T = torch.arange(n_tokens, device=x_BTD.device)
+            starts_B1 = torch.tensor(starts, device=x_BTD.device).unsqueeze(1)
+            # Padding may lie beyond the context, and stands where the last token would.
+            found = table.at((starts_B1 + steps_T).clamp(max=context - 1))
+        return (x_BTD, found) if self.positions is None else (x_BTD + found, None)
 
     def forward(
         self,
@@ -276,6 +320,27 @@ class Transformer(nn.Module):
         check_shape("Transformer", name, ids_BT, shape)
         check_same_device("Transformer", **{name: ids_BT, "weights": self.embedding.weight})
         check_index_range("Transformer", name, ids_BT, self.config.vocab_size, ignore_index)
+
+
+def _checked_counts(
+    input_ids_BT: Tensor, cache: KVCache | None, counts: Tensor | Sequence[int] | None
+) -> list[int] | None:
+    """Real tokens of each sequence, or None where all are."""
+    batch, n_tokens = input_ids_BT.shape
+    if cache is not None and not cache.is_even:
+        check_shape("Transformer", "input_ids", input_ids_BT, (cache.batch, "T"))
+    if counts is None:
+        return None
+    if cache is None:
+        raise ValueError(f"Transformer: counts are for a kv cache, got {shown(counts)} without one")
+    values = counts.tolist() if isinstance(counts, Tensor) else counts
+    if not isinstance(values, Sequence) or not len(values) == batch == cache.batch:
+        raise ValueError(
+            f"Transformer: counts must be {batch} whole numbers for a cache of {batch} sequences, "
+            f"got {shown(values)} for one of {cache.batch}"
+        )
+    real = [check_size("Transformer: counts", count, 0, n_tokens) for count in values]
+    return None if min(real, default=n_tokens) == n_tokens else real
 
 
 def _check_fits(config: ModelConfig) -> None:

@@ -8,6 +8,8 @@ then it is the best one for the device.
 
 from pyllm.ops._registry import available_faces
 from pyllm.ops.attention import attention
+from pyllm.ops.decode_attention import decode_attention
+from pyllm.ops.kv_append import kv_append
 from pyllm.ops.linear_cross_entropy import linear_cross_entropy
 from pyllm.ops.moe_combine import moe_combine
 from pyllm.ops.moe_dispatch import Dispatch, moe_dispatch
@@ -21,6 +23,8 @@ __all__ = [
     "Routing",
     "attention",
     "available_faces",
+    "decode_attention",
+    "kv_append",
     "linear_cross_entropy",
     "moe_combine",
     "moe_dispatch",

@@ -122,11 +122,11 @@ def check_index_range(
     Checked on the CPU only: elsewhere reading the values would wait for the device, and fake and
     compiled tensors have none.
     """
-    if _readable(indices):
+    if is_readable(indices):
         require_range(op, name, indices, limit, ignore_index)
 
 
-def _readable(indices: Tensor) -> bool:
+def is_readable(indices: Tensor) -> bool:
     """Are there values to look at, on the CPU and now?"""
     if torch.compiler.is_compiling() or type(indices) is not Tensor:
         return False
@@ -144,7 +144,7 @@ def check_row_count(op: str, name: str, indices: Tensor) -> None:
 
 def check_permutation(op: str, name: str, indices: Tensor) -> None:
     """Every number from 0 to the number of entries less one occurs once. On the CPU only, too."""
-    if not _readable(indices):
+    if not is_readable(indices):
         return
     counts = torch.bincount(indices.reshape(-1), minlength=indices.numel())
     if int(counts.max()) > 1:

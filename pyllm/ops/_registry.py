@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from pyllm._native import cpu_extension
 
@@ -132,16 +133,8 @@ def register(
         faces: device type -> faces, the fastest first; what is missing here is skipped.
     """
     PREFERENCES[op] = faces
-    for suffix, schema, fake in (
-        ("forward", forward, fake_forward),
-        ("backward", backward, fake_backward),
-    ):
-        name = f"{op}_{suffix}"
-        LIBRARY.define(name + schema)
-        run = _runner(op, name)
-        for key in _DEVICE_KEYS:
-            LIBRARY.impl(name, run, key)
-        torch.library.register_fake(f"pyllm::{name}", fake, lib=LIBRARY)
+    _define(op, f"{op}_forward", forward, fake_forward)
+    _define(op, f"{op}_backward", backward, fake_backward)
     n_inputs = forward.partition("->")[0].count(",") + 1
 
     def gradient_or_none(ctx: Any, *upstream: Any) -> Any:
@@ -155,13 +148,44 @@ def register(
     )
 
 
-def _runner(op: str, name: str) -> Callable[..., Any]:
+def register_inference(
+    op: str, *, forward: str, fake: Callable[..., Any], faces: dict[str, tuple[str, ...]]
+) -> None:
+    """Define ``pyllm::<op>_forward`` alone, for an operation without a backward.
+
+    Its door refuses inputs that require a gradient. It may write to inputs that its schema
+    declares, such as ``Tensor(a!) cache``; autograd then sees that they changed.
+
+    Args:
+        forward, fake, faces: see :func:`register`.
+    """
+    PREFERENCES[op] = faces
+    _define(op, f"{op}_forward", forward, fake)
+
+
+def _define(op: str, name: str, schema: str, fake: Callable[..., Any]) -> None:
+    LIBRARY.define(name + schema)
+    arguments = getattr(torch.ops.pyllm, name).default._schema.arguments
+    written = tuple(
+        place for place, one in enumerate(arguments) if one.alias_info and one.alias_info.is_write
+    )
+    run = _runner(op, name, written)
+    for key in _DEVICE_KEYS:
+        LIBRARY.impl(name, run, key)
+    torch.library.register_fake(f"pyllm::{name}", fake, lib=LIBRARY)
+
+
+def _runner(op: str, name: str, written: tuple[int, ...]) -> Callable[..., Any]:
     def run(*arguments: Any) -> Any:
         *values, face = arguments
         module = face_module(op, face)
         if module is None:
             raise ValueError(f"{op} has no face {face!r} on this machine")
         results = getattr(module, name)(*values)
+        for place in written:  # a kernel writes past PyTorch, which counts the writes to a tensor
+            increment_version(arguments[place])
+        if results is None:
+            return None
         # The fakes promise contiguous results, and compiled code relies on their strides.
         if isinstance(results, Tensor):
             return results.contiguous()

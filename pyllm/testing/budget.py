@@ -49,7 +49,7 @@ def measure(got: Tensor, truth: Tensor) -> Errors:
 
 
 def compare_exactly(name: str, got: Tensor, expected: Tensor) -> None:
-    """Integers: dtype, shape and every entry.
+    """Integers, and numbers that are only moved: dtype, shape and every entry.
 
     Raises:
         Mismatch: any difference.
@@ -57,7 +57,7 @@ def compare_exactly(name: str, got: Tensor, expected: Tensor) -> None:
     _compare_form(name, got, expected)
     wrong = int((got != expected).sum())
     if wrong:
-        raise Mismatch(f"{name}: {wrong} of {got.numel()} integers differ from the reference")
+        raise Mismatch(f"{name}: {wrong} of {got.numel()} entries differ from the reference")
 
 
 def compare(

@@ -15,7 +15,9 @@ from pyllm.testing.declaration import (
     Draw,
     Mutant,
     OpCase,
+    Operation,
     Output,
+    as_copy,
     as_tuple,
     mutate,
 )
@@ -70,39 +72,41 @@ def _upstreams(case: OpCase, outputs: Values, seed: int) -> dict[str, Tensor]:
 
 
 def run_forward(case: OpCase, face: Any, inputs: Arguments) -> dict[str, Tensor]:
-    """The outputs of ``<op>_forward`` by name.
+    """The outputs of ``<op>_forward`` by name, among them the inputs it writes to.
 
     Raises:
         Mismatch: the face returns another number of outputs than declared.
     """
     names = [output.name for output in case.operation.outputs]
-    return _named(f"{case.op}_forward", names, getattr(face, f"{case.op}_forward"), inputs.values())
+    function = getattr(face, f"{case.op}_forward")
+    outputs = case.operation.forward_outputs(function, inputs)
+    return _named(f"{case.op}_forward", names, outputs)
 
 
 def run_backward(
     case: OpCase, face: Any, inputs: Arguments, outputs: Values, upstreams: Values
 ) -> dict[str, Tensor]:
-    """The gradients of ``<op>_backward`` by input, given what a forward saved.
+    """The gradients of ``<op>_backward`` by input, given what a forward saved; none without one.
 
     Raises:
         Mismatch: the face returns another number of gradients than declared.
     """
+    if "backward" not in case.operation.stages:
+        return {}
     known = {**outputs, **inputs, **upstreams}
     arguments = [known[name] for name in case.operation.backward]
     function = getattr(face, f"{case.op}_backward")
-    return _named(f"{case.op}_backward", case.operation.gradients, function, arguments)
+    gradients = as_tuple(function(*arguments))
+    return _named(f"{case.op}_backward", case.operation.gradients, gradients)
 
 
 def run_face(case: OpCase, face: Any, inputs: Arguments, upstreams: Values) -> Result:
     """Forward, then backward; ``face`` has ``<op>_forward`` and ``<op>_backward``."""
-    outputs = run_forward(case, face, inputs)
+    outputs = run_forward(case, face, case.operation.fresh(inputs))
     return Result(outputs, run_backward(case, face, inputs, outputs, upstreams))
 
 
-def _named(
-    what: str, names: Sequence[str], function: Callable[..., Any], arguments: Iterable[Any]
-) -> dict[str, Tensor]:
-    values = as_tuple(function(*arguments))
+def _named(what: str, names: Sequence[str], values: tuple[Tensor, ...]) -> dict[str, Tensor]:
     if len(values) != len(names):
         raise Mismatch(f"{what} returns {len(values)} tensors, expected {len(names)}")
     return dict(zip(names, values, strict=True))
@@ -115,7 +119,8 @@ def expectations(
     """(reference in ``dtype``, reference in float64, upstream gradients in ``dtype``)."""
     inputs = case.make_inputs(dtype, device, seed)
     reference = case.operation.reference
-    upstreams = _upstreams(case, run_forward(case, reference, inputs), seed)
+    outputs = run_forward(case, reference, case.operation.fresh(inputs))
+    upstreams = _upstreams(case, outputs, seed)
     plain = run_face(case, reference, inputs, upstreams)
     wide_inputs = {name: widen(value) for name, value in inputs.items()}
     wide_upstreams = {name: widen(value) for name, value in upstreams.items()}
@@ -142,7 +147,8 @@ def judge_outputs(
         where = f"{case.op}[{case.label}] {output.name}"
         value, expected = got[output.name], truth.outputs[output.name]
         if output.exact:
-            compare_exactly(where, value, expected)
+            # A number that was only moved survives the way to float64 and back.
+            compare_exactly(where, value, expected.to(plain.outputs[output.name].dtype))
         else:
             small = output.name in degenerate
             compare(
@@ -193,18 +199,18 @@ def check_face(
     """
     plain, truth, upstreams = expectations(case, dtype, device, seed)
     inputs = case.make_inputs(dtype, device, seed)
-    kept = {name: _copy(value) for name, value in inputs.items()}
+    given = case.operation.fresh(inputs)
+    kept = {name: as_copy(value) for name, value in inputs.items()}
     with poisoned_memory():
-        outputs = run_forward(case, face, inputs)
+        outputs = run_forward(case, face, given)
     # Before the backward: with a wrong permutation saved, it could write anywhere.
     judge_outputs(case, outputs, plain, truth, dtype)
     # Copies of the upstreams: they are kept for the next face, and this one may write to them.
     upstreams = {name: value.clone() for name, value in upstreams.items()}
-    given = {**inputs, **outputs, **upstreams}
     kept |= {name: value.clone() for name, value in {**outputs, **upstreams}.items()}
     with poisoned_memory():
         gradients = run_backward(case, face, inputs, outputs, upstreams)
-    for name, value in given.items():
+    for name, value in {**given, **outputs, **upstreams}.items():
         if isinstance(value, Tensor) and not _same_bits(value, kept[name]):
             raise Mismatch(f"{case.op}[{case.label}] the face writes to its input {name}")
     judge_gradients(case, gradients, plain, truth, dtype)
@@ -215,10 +221,6 @@ def _same_bits(value: Tensor, other: Tensor) -> bool:
     return torch.equal(value.nan_to_num(0.5), other.nan_to_num(0.5))
 
 
-def _copy(value: Any) -> Any:
-    return value.clone() if isinstance(value, Tensor) else value
-
-
 def run_door(
     case: OpCase,
     door: Callable[..., Any],
@@ -226,21 +228,22 @@ def run_door(
     inputs: Arguments,
     upstreams: Values,
 ) -> Result:
-    """The public function and its autograd backward on these inputs."""
+    """The public function and its autograd backward on these inputs, which stay as they are."""
     operation = case.operation
+    inputs = operation.fresh(inputs)
     leaves = {name: inputs[name].detach().requires_grad_() for name in operation.gradients}
     values = operation.call(door, {**inputs, **leaves}, face)
     outputs = dict(zip(operation.door_outputs, values, strict=True))
+    detached = {name: value.detach() for name, value in outputs.items()}
+    if not leaves:
+        return Result(detached, {})
     differentiable = [name for name in outputs if "d" + name in upstreams]
     gradients = torch.autograd.grad(
         [outputs[name] for name in differentiable],
         list(leaves.values()),
         [upstreams["d" + name] for name in differentiable],
     )
-    return Result(
-        {name: value.detach() for name, value in outputs.items()},
-        dict(zip(leaves, gradients, strict=True)),
-    )
+    return Result(detached, dict(zip(leaves, gradients, strict=True)))
 
 
 def check_door(
@@ -254,6 +257,7 @@ def check_door(
     generated: bool = False,
 ) -> None:
     """The public function with autograd; ``change`` alters the layout of inputs, not their values.
+    What is written to must be contiguous and is left as it is.
 
     ``generated`` is for generated cases, see :func:`pyllm.testing.budget.compare`.
 
@@ -262,7 +266,7 @@ def check_door(
     """
     plain, truth, upstreams = expectations(case, dtype, device, seed)
     inputs = {
-        name: change(value) if isinstance(value, Tensor) else value
+        name: change(value) if may_change(case.operation, name, value) else value
         for name, value in case.make_inputs(dtype, device, seed).items()
     }
     upstreams = {name: change(value) for name, value in upstreams.items()}
@@ -270,6 +274,11 @@ def check_door(
         got = run_door(case, door, face, inputs, upstreams)
     judge_outputs(case, got.outputs, plain, truth, dtype, generated)
     judge_gradients(case, got.gradients, plain, truth, dtype, generated)
+
+
+def may_change(operation: Operation, name: str, value: Any) -> bool:
+    """Whether an input may come in another memory layout: a tensor that is not written to."""
+    return isinstance(value, Tensor) and name not in operation.mutates
 
 
 def survives(face: Any, cases: Iterable[OpCase], dtypes: Iterable[torch.dtype]) -> bool:

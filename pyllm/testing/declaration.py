@@ -73,7 +73,7 @@ class Output:
     """Standard deviation of the random gradient fed into it; None where it is not differentiable.
     A mean over N rows gets N, so that the gradient behind it is of order one."""
     exact: bool = False
-    """Integers, compared exactly."""
+    """Integers, or numbers that are only moved: compared exactly."""
 
 
 @dataclass(frozen=True)
@@ -98,11 +98,12 @@ class Operation:
     """Inputs by name, in the order of ``<op>_forward``'s arguments."""
     outputs: tuple[Output, ...]
     gradients: tuple[str, ...]
-    """The inputs whose gradients ``<op>_backward`` returns, in its order."""
+    """The inputs whose gradients ``<op>_backward`` returns, in its order; none: no backward."""
     backward: tuple[str, ...]
     """Arguments of ``<op>_backward``: ``d`` + an output, an input, or a saved output."""
     call: Callable[[Callable[..., Any], Arguments, str | None], tuple[Tensor, ...]]
-    """Call the public door with these inputs and this face; its outputs as a tuple."""
+    """Call the public door with these inputs and this face; its outputs as a tuple, what it wrote
+    to first."""
     door_outputs: tuple[str, ...]
     """Which outputs the door hands out, in order."""
     axes: Mapping[str, Sequence[Any]]
@@ -120,10 +121,30 @@ class Operation:
     """Single cases beyond the pairs: a long reduction, an empty input."""
     resolve: Callable[[Sizes], Sizes] = dict
     """Axes as drawn to sizes, e.g. a top-k that cannot exceed the number of experts."""
+    blocks: Mapping[str, int] = field(default_factory=dict)
+    """Constants by which the cpu face's launcher cuts its work, here so small that every case is
+    cut: chunks and blocks that only large inputs reach are otherwise tested by one case."""
     degenerate: Callable[[Sizes], frozenset[str]] = _nothing
     """Outputs and gradients that are zero but for rounding at these sizes."""
     equivalents: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """Reason to names of source mutants that nothing can tell from the sound reference."""
+    mutates: tuple[str, ...] = ()
+    """Inputs that the forward writes to; they are its first outputs, before what it returns."""
+
+    @property
+    def stages(self) -> tuple[str, ...]:
+        """``forward``, and ``backward`` where there is one."""
+        return ("forward", "backward") if self.gradients else ("forward",)
+
+    def fresh(self, inputs: Arguments) -> Arguments:
+        """The inputs with copies of what is written to, so that they can be used again."""
+        copies = {name: as_copy(inputs[name]) for name in self.mutates}
+        return {**inputs, **copies}
+
+    def forward_outputs(self, function: Callable[..., Any], inputs: Arguments) -> tuple[Any, ...]:
+        """Call ``<op>_forward``: what it wrote to, then what it returned."""
+        returned = as_tuple(function(*inputs.values()))
+        return (*(inputs[name] for name in self.mutates), *returned)
 
     def case(self, sizes: Sizes) -> "OpCase":
         """This operation at ``sizes``."""
@@ -169,30 +190,56 @@ class OpCase:
 
 
 def as_tuple(result: Any) -> tuple[Tensor, ...]:
-    """Faces with one output return a bare tensor."""
+    """Faces with one output return a bare tensor, those that only write None."""
+    if result is None:
+        return ()
     return tuple(result) if isinstance(result, (tuple, list)) else (result,)
 
 
-def mutate(operation: Operation, mutant: Mutant) -> SimpleNamespace:
-    """A face that is the reference with one planted fault."""
-    forward_name, backward_name = f"{operation.name}_forward", f"{operation.name}_backward"
+def as_copy(value: Any) -> Any:
+    """A copy of a tensor; anything else as it is."""
+    return value.clone() if isinstance(value, Tensor) else value
+
+
+def mutate(operation: Operation, *mutants: Mutant) -> SimpleNamespace:
+    """A face that is the reference with a planted fault, or one for each stage."""
     functions = {
-        "forward": getattr(operation.reference, forward_name),
-        "backward": getattr(operation.reference, backward_name),
+        f"{operation.name}_{stage}": getattr(operation.reference, f"{operation.name}_{stage}")
+        for stage in operation.stages
     }
-    sound = functions[mutant.stage]
+    for mutant in mutants:
+        name = f"{operation.name}_{mutant.stage}"
+        spoil = _spoilt_forward if mutant.stage == "forward" else _spoilt_backward
+        functions[name] = spoil(operation, mutant, functions[name])
+    return SimpleNamespace(**functions)
+
+
+def _spoilt_forward(
+    operation: Operation, mutant: Mutant, sound: Callable[..., Any]
+) -> Callable[..., Any]:
+    draw = Draw(torch.float32, "cpu", 0)
+    names = tuple(operation.inputs(operation.case(operation.tiny).sizes, draw))
+
+    def run(arguments: Arguments) -> tuple[Tensor, ...]:
+        return operation.forward_outputs(sound, operation.fresh(arguments))
 
     def spoilt(*values: Any) -> Any:
-        if mutant.stage == "backward":
-            names = operation.backward
-        else:
-            draw = Draw(torch.float32, "cpu", 0)
-            names = tuple(operation.inputs(operation.case(operation.tiny).sizes, draw))
         arguments = dict(zip(names, values, strict=True))
+        outputs = mutant.change(run, arguments)
+        for name, wrong in zip(operation.mutates, outputs, strict=False):
+            arguments[name].copy_(wrong)
+        returned = outputs[len(operation.mutates) :]
+        return returned if len(returned) > 1 else next(iter(returned), None)
+
+    return spoilt
+
+
+def _spoilt_backward(
+    operation: Operation, mutant: Mutant, sound: Callable[..., Any]
+) -> Callable[..., Any]:
+    def spoilt(*values: Any) -> Any:
+        arguments = dict(zip(operation.backward, values, strict=True))
         outputs = mutant.change(lambda a: as_tuple(sound(*a.values())), arguments)
         return outputs if len(outputs) > 1 else outputs[0]
 
-    functions[mutant.stage] = spoilt
-    return SimpleNamespace(
-        **{forward_name: functions["forward"], backward_name: functions["backward"]}
-    )
+    return spoilt

@@ -1,5 +1,7 @@
 """A declaration as pytest tests: subclass :class:`OperationSuite` and name operation and door.
 
+An operation without a backward gets :class:`InferenceSuite` instead.
+
 The parameters ``case``, ``smoke_case``, ``face``, ``dtype``, ``mutant`` and ``layout`` are filled
 in by ``parameters``, which a ``conftest.py`` calls from ``pytest_generate_tests``.
 """
@@ -21,7 +23,9 @@ from pyllm.testing.check import (
     check_face,
     expectations,
     is_killed,
+    may_change,
     run_door,
+    run_face,
     survives,
 )
 from pyllm.testing.declaration import Arguments, Mutant, OpCase, Operation
@@ -72,8 +76,8 @@ def parameters(
     return None
 
 
-class OperationSuite:
-    """What every operation must pass. Subclasses set ``operation`` and ``door``."""
+class ForwardSuite:
+    """What every operation must pass, with a backward or without one."""
 
     operation: ClassVar[Operation]
     door: ClassVar[Callable[..., Any]]
@@ -99,6 +103,41 @@ class OperationSuite:
         face, case = face_case
         check_face(case, type(self).find_face(self.operation.name, face), dtype)
 
+    def test_small_blocks(self, dtype: torch.dtype) -> None:
+        """Every case once more on the cpu face, cut into as many pieces as it can be."""
+        operation = self.operation
+        face = type(self).find_face(operation.name, "cpu")
+        if face is None or not operation.blocks:
+            raise SkipTest("no cpu face, or one whose launcher cuts nothing")
+        before = {name: getattr(face, name) for name in operation.blocks}
+        vars(face).update(operation.blocks)
+        try:
+            for case in operation.hostile_cases:
+                check_face(case, face, dtype)
+        finally:
+            vars(face).update(before)
+
+    def test_life_size(self, face: str) -> None:
+        """The sizes of real models, those the benchmark times, in the dtypes they run in."""
+        if face in ("reference", "triton"):
+            raise SkipTest("the truth itself, or an interpreter")
+        for sizes in self.operation.bench.values():
+            case = self.operation.case(sizes)
+            for dtype in (torch.float32, torch.bfloat16):
+                check_face(case, type(self).find_face(self.operation.name, face), dtype)
+                expectations.cache_clear()  # hundreds of megabytes
+
+    def test_threads(self, dtype: torch.dtype, set_threads: Callable[[int], None]) -> None:
+        """The cases with most work, on several threads, in every dtype."""
+        face = type(self).find_face(self.operation.name, "cpu")
+        if face is None:
+            raise SkipTest("no cpu face")
+        largest = sorted(self.operation.hostile_cases, key=_volume)[-4:]
+        for threads in (2, 4):
+            set_threads(threads)
+            for case in largest:
+                check_face(case, face, dtype)
+
     def test_door(self, smoke_case: OpCase, face: str, dtype: torch.dtype) -> None:
         """The same through the public function and autograd."""
         check_door(smoke_case, type(self).door, face, dtype)
@@ -106,23 +145,6 @@ class OperationSuite:
     def test_layout(self, smoke_case: OpCase, face: str, layout: str) -> None:
         """Strided, offset and transposed inputs and upstream gradients change nothing."""
         check_door(smoke_case, type(self).door, face, torch.float32, change=LAYOUTS[layout])
-
-    def test_expanded_gradient(self, face: str) -> None:
-        """``(...).sum().backward()`` feeds a gradient of stride 0."""
-        case, inputs = self.tiny(torch.float32)
-        upstreams = {
-            "d" + output.name: torch.ones(())
-            for output in self.operation.outputs
-            if output.upstream is not None
-        }
-        plain, _, real = expectations(case, torch.float32, "cpu", 0)
-        expanded = {name: one.expand(real[name].shape) for name, one in upstreams.items()}
-        dense = {name: gradient.contiguous() for name, gradient in expanded.items()}
-        door = type(self).door
-        got = run_door(case, door, face, inputs, expanded)
-        same = run_door(case, door, face, inputs, dense)
-        assert plain.outputs.keys() >= got.outputs.keys()
-        _assert_same_bits(got, same)
 
     def test_mutant(self, mutant: Mutant, record_mutant: Callable[[str, str, bool], None]) -> None:
         """The check above sees this planted fault."""
@@ -147,27 +169,16 @@ class OperationSuite:
         assert alive <= declared, f"not seen: {sorted(alive - declared)}"
         assert declared <= alive, f"declared, and seen all the same: {sorted(declared - alive)}"
 
-    def test_gradcheck(self, face: str) -> None:
-        """The backward against finite differences in float64, undefined gradients included."""
-        if face == "triton":
-            raise SkipTest("hundreds of calls through Triton's interpreter")
-        _, inputs = self.tiny(torch.float64)
-        leaves = self.differentiable(inputs)
-        names = self.operation.gradients
-
-        def function(*values: Tensor) -> tuple[Tensor, ...]:
-            outputs = self.run({**inputs, **dict(zip(names, values, strict=True))}, face)
-            return tuple(output for output in outputs if output.requires_grad)
-
-        assert torch.autograd.gradcheck(function, tuple(leaves[name] for name in names))
-
     def test_opcheck(self, face: str) -> None:
         """Schema, autograd registration, fake tensors and AOT dispatch, as PyTorch checks them.
 
         On transposed inputs: results must have the strides the fakes promise all the same.
         """
         _, inputs = self.tiny(torch.float32)
-        inputs = _each(inputs, LAYOUTS["transposed"])
+        inputs = {
+            name: LAYOUTS["transposed"](value) if may_change(self.operation, name, value) else value
+            for name, value in inputs.items()
+        }
         arguments = (*self.differentiable(inputs).values(), face)
         name = f"{self.operation.name}_forward"
         torch.library.opcheck(getattr(torch.ops.pyllm, name).default, arguments)
@@ -229,6 +240,88 @@ class OperationSuite:
             _assert_same_bits(run_door(case, type(self).door, face, inputs, upstreams), first)
 
 
+class OperationSuite(ForwardSuite):
+    """For an operation with a backward. Subclasses set ``operation``, ``door``, ``find_face``."""
+
+    def test_expanded_gradient(self, face: str) -> None:
+        """``(...).sum().backward()`` feeds a gradient of stride 0."""
+        case, inputs = self.tiny(torch.float32)
+        upstreams = {
+            "d" + output.name: torch.ones(())
+            for output in self.operation.outputs
+            if output.upstream is not None
+        }
+        plain, _, real = expectations(case, torch.float32, "cpu", 0)
+        expanded = {name: one.expand(real[name].shape) for name, one in upstreams.items()}
+        dense = {name: gradient.contiguous() for name, gradient in expanded.items()}
+        door = type(self).door
+        got = run_door(case, door, face, inputs, expanded)
+        same = run_door(case, door, face, inputs, dense)
+        assert plain.outputs.keys() >= got.outputs.keys()
+        _assert_same_bits(got, same)
+
+    def test_nan_reaches_the_gradients(self, face: str) -> None:
+        """A NaN in an input or an upstream gradient is not hidden: the trainer counts on it."""
+        face_module = type(self).find_face(self.operation.name, face)
+        for case in self.operation.smoke_cases:
+            inputs = case.make_inputs(torch.float32)
+            upstreams = expectations(case, torch.float32, "cpu", 0)[2]
+            for name in (*self.operation.gradients, *upstreams):
+                spoilt = _with_nan({**inputs, **upstreams}, name)
+                given = {key: spoilt[key] for key in inputs}
+                back = {key: spoilt[key] for key in upstreams}
+                wanted = run_face(case, self.operation.reference, given, back).gradients
+                got = run_face(case, face_module, given, back).gradients
+                for key, gradient in wanted.items():
+                    if not bool(gradient.isfinite().all()):
+                        where = f"{case.label}: NaN in {name}, none in d{key}"
+                        assert not bool(got[key].isfinite().all()), where
+
+    def test_gradcheck(self, face: str) -> None:
+        """The backward against finite differences in float64, undefined gradients included."""
+        if face == "triton":
+            raise SkipTest("hundreds of calls through Triton's interpreter")
+        _, inputs = self.tiny(torch.float64)
+        leaves = self.differentiable(inputs)
+        names = self.operation.gradients
+
+        def function(*values: Tensor) -> tuple[Tensor, ...]:
+            outputs = self.run({**inputs, **dict(zip(names, values, strict=True))}, face)
+            return tuple(output for output in outputs if output.requires_grad)
+
+        assert torch.autograd.gradcheck(function, tuple(leaves[name] for name in names))
+
+
+class InferenceSuite(ForwardSuite):
+    """For an operation without a backward, which may write to its inputs."""
+
+    def test_gradients_are_refused(self, face: str) -> None:
+        """They would stop here without a word; where none are recorded, nothing is refused."""
+        _, inputs = self.tiny(torch.float32)
+        for name, value in inputs.items():
+            if isinstance(value, Tensor) and value.dtype.is_floating_point:
+                wanting = {**inputs, name: value.detach().clone().requires_grad_()}
+                assert f"got {name} that require one" in self._refusal(wanting, face)
+                with torch.no_grad():
+                    self.run(wanting, face)
+
+    def _refusal(self, inputs: Arguments, face: str) -> str:
+        try:
+            self.run(inputs, face)
+        except ValueError as error:
+            return str(error)
+        return ""
+
+    def test_writes_are_counted(self, face: str) -> None:
+        """Autograd sees by a tensor's version that it changed since it was saved."""
+        _, inputs = self.tiny(torch.float32)
+        tensors = {name: value for name, value in inputs.items() if isinstance(value, Tensor)}
+        before = {name: value._version for name, value in tensors.items()}
+        self.run(inputs, face)
+        counted = {name for name, value in tensors.items() if value._version > before[name]}
+        assert counted == set(self.operation.mutates)
+
+
 def _lives(mutant: SourceMutant, operation: Operation) -> bool:
     """Whether no case sees the mutant: first the few small ones, then all, in every dtype."""
     try:
@@ -262,6 +355,14 @@ def products_ignore_threads() -> bool:
     finally:
         torch.set_num_threads(before)
     return True
+
+
+def _with_nan(values: Arguments, name: str) -> Arguments:
+    """The same, with a NaN at the first place of one tensor."""
+    value = values[name].clone()
+    if value.numel():
+        value.view(-1)[0] = float("nan")
+    return {**values, name: value}
 
 
 def _volume(case: OpCase) -> int:

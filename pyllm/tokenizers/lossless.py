@@ -10,18 +10,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from tokenizers import pre_tokenizers
-
 from pyllm._checks import shown
-
-ALPHABET = frozenset(pre_tokenizers.ByteLevel.alphabet())
-"""The 256 characters that stand for the bytes."""
+from pyllm.tokenizers.byte_level import ALPHABET
 
 _REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _TO_LETTERS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+"
 SPLITS = {
-    # GPT-2's, but for the digits: one a piece, so that numbers are written in one way only and a
-    # small vocabulary is not spent on years and prices.
+    # GPT-2's, but for the digits, one a piece: how pyllm cut before it took Digits for them.
     "pyllm": r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
     "GPT-2": r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
     "GPT-4 and Llama 3": rf"{_TO_LETTERS}|\p{{N}}{{1,3}}|{_REST}",

@@ -10,6 +10,8 @@ from pyllm.models.config import ModelConfig
 
 MOST = 2**31 - 1
 """Of anything that is counted here: more is a slip of the keyboard, and overflows further down."""
+LARGEST_NUMBER = 1e6
+"""Of any rate or weight: beyond lie slips of the keyboard, and numbers no float32 can hold."""
 _LIMITS = {"seed": 2**32 - 1, "threads": 1024}  # NumPy's seeds; more threads than any machine
 _AT_LEAST_ONE = (
     "max_steps",
@@ -88,9 +90,10 @@ class TrainConfig:
                 least = int(item.name in _AT_LEAST_ONE)
                 check_size(name, value, least, _LIMITS.get(item.name, MOST))
             elif item.type is float:
-                if not is_finite(value) or value < 0:
+                if not is_finite(value) or not 0 <= value <= LARGEST_NUMBER:
                     raise ValueError(
-                        f"{name} must be a finite number of at least 0, got {shown(value)}"
+                        f"{name} must be a number from 0 to {LARGEST_NUMBER:,.0f}, "
+                        f"got {shown(value)}"
                     )
             elif item.type is bool:
                 if not isinstance(value, bool):
@@ -131,7 +134,8 @@ class DataConfig:
     valid: str = ""
     """Text to validate on; empty: 2% of the training documents are held out."""
     tokenizer: str = ""
-    """A tokenizer.json, or a folder with one; empty: trained on the training text."""
+    """A tokenizer.json, or a folder with one; byte: the 256 bytes; char: the characters of the
+    training text; empty: pieces of words, learned from the training text."""
     n_stories: int = 20_000
     """How many embedded stories to write."""
     text_column: str = "text"

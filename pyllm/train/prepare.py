@@ -17,7 +17,7 @@ from pyllm.data import (
 )
 from pyllm.data.packing import MAX_TOKENS
 from pyllm.models import ModelConfig
-from pyllm.tokenizers import Tokenizer, train_bpe
+from pyllm.tokenizers import Tokenizer, byte_tokenizer, train_bpe, train_characters
 from pyllm.train.config import DataConfig, RunConfig, TrainConfig
 
 VALID_STORIES = 500
@@ -92,7 +92,7 @@ def tokenizer_place(given: str) -> Path:
 
 
 def prepare_text(config: RunConfig, folder: Path) -> Text:
-    """Find or train the tokenizer; a resumed run reads the one it began with, if it got so far.
+    """Find, make or train the tokenizer; a resumed run reads its own, if it got so far.
 
     Raises:
         ValueError: data that is not there, before any time is spent on the rest; or, of a resumed
@@ -103,11 +103,14 @@ def prepare_text(config: RunConfig, folder: Path) -> Text:
     saved = folder / "tokens" / "tokenizer.json"
     if config.resume and saved.exists():
         tokenizer = Tokenizer.load(saved)
-    elif config.data.tokenizer:
+    elif config.data.tokenizer == "byte":
+        tokenizer = byte_tokenizer()
+    elif config.data.tokenizer not in ("", "char"):
         tokenizer = Tokenizer.load(tokenizer_place(config.data.tokenizer))
     else:
+        train = train_characters if config.data.tokenizer else train_bpe
         texts = documents(config.data, config.train.seed, "train")
-        tokenizer = train_bpe(texts, config.model.vocab_size)
+        tokenizer = train(texts, config.model.vocab_size)
     if config.resume and tokenizer.vocab_size != config.model.vocab_size:
         raise ValueError(
             f"the tokenizer has {tokenizer.vocab_size:,} ids, but the run in {folder} began with "

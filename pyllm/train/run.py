@@ -127,6 +127,8 @@ def _train_and_score(config: RunConfig, folder: Path, console: Console) -> RunRe
         f"{device.type}, {str(dtype).removeprefix('torch.')}, "
         f"{torch.get_num_threads()} threads; text ready in {time.perf_counter() - started:.1f} s"
     )
+    if (device.type, dtype) == ("cpu", torch.float16):
+        console.print("float16 is slow on a CPU: --train.dtype float32 or bfloat16 is faster there")
     scored = fits_val_bpb(config.model, text, console)
     model = Transformer(config.model).to(device)
     trainer = Trainer(

@@ -5,32 +5,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 
-
-def _figure(width: float = 8, height: float = 4.5, panels: int = 1) -> tuple[Figure, Any]:
-    # Figure rather than pyplot: no global state and no window system.
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots(1, panels)
-    for axis in np.atleast_1d(axes):
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.grid(alpha=0.25)
-    return figure, axes
-
-
-def _save(figure: Figure, path: Path) -> None:
-    kind = path.suffix.removeprefix(".") or "png"
-    # Text stays text and nothing is dated, so that the same curves give the same file.
-    settings: Any = {"svg.fonttype": "none", "svg.hashsalt": "pyllm"} if kind == "svg" else {}
-    temporary = path.with_name(path.name + ".tmp")
-    with matplotlib.rc_context(settings):
-        metadata = {"Date": None} if kind == "svg" else None
-        figure.savefig(temporary, format=kind, dpi=120, metadata=metadata)
-    temporary.replace(path)
+from pyllm.viz.canvas import new_figure, save_figure
 
 
 def smoothed(
@@ -62,7 +39,7 @@ def plot_loss(
 
     Values that are not finite are left out: one skipped step must not cost the picture.
     """
-    figure, axis = _figure()
+    figure, axis = new_figure()
     steps, train_loss = _finite(steps, train_loss)
     val_steps, val_loss = _finite(val_steps, val_loss)
     axis.plot(steps, train_loss, color="C0", alpha=0.25, linewidth=0.8)
@@ -74,7 +51,7 @@ def plot_loss(
         low = min([*train_loss, *val_loss])
         axis.set_ylim(low * 0.95, float(np.percentile(train_loss, 97)) * 1.1)
     axis.legend()
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def plot_expert_load(
@@ -94,7 +71,7 @@ def plot_expert_load(
     load_SLE = np.asarray(load)
     n_layers, n_experts = load_SLE.shape[1:]
     panels = min(n_layers, 6)
-    figure, axes = _figure(3 * (panels + 1), 3.4, panels + 1)
+    figure, axes = new_figure(3 * (panels + 1), 3.4, panels + 1)
     for layer, axis in zip(range(panels), axes, strict=False):
         curves = [smoothed(load_SLE[:, layer, expert]) for expert in range(n_experts)]
         axis.stackplot(steps, curves, alpha=0.85)
@@ -103,7 +80,7 @@ def plot_expert_load(
     axes[-1].plot(steps, smoothed(max_over_mean), color="black")
     axes[-1].axhline(1.0, color="grey", linestyle=":", linewidth=1)
     axes[-1].set(title="busiest expert / mean", xlabel="step")
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def plot_curves(
@@ -114,9 +91,9 @@ def plot_curves(
     title: str,
 ) -> None:
     """Several named curves, ``name -> (x, y)``, in one picture."""
-    figure, axis = _figure()
+    figure, axis = new_figure()
     for name, (x, y) in curves.items():
         axis.plot(x, smoothed(y), label=name)
     axis.set(xlabel=xlabel, ylabel=ylabel, title=title)
     axis.legend()
-    _save(figure, path)
+    save_figure(figure, path)

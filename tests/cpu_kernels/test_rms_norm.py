@@ -1,6 +1,6 @@
 """What only the C++ face promises: the same bits on any number of threads, exact conversions."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -14,15 +14,6 @@ if cpu_extension() is None:
 from pyllm.cpu_kernels.rms_norm import rms_norm_backward, rms_norm_forward
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-
-
-@pytest.fixture(params=cpu_extension().supported_isas())
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Each instruction set in turn."""
-    before = cpu_extension().active_isa()
-    cpu_extension().set_isa(request.param)
-    yield request.param
-    cpu_extension().set_isa(before)
 
 
 def inputs(rows: int, width: int, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:

@@ -224,3 +224,11 @@ def test_a_window_is_the_longest_whole_prefix(text, max_bytes):
     assert text.startswith(prefix)
     assert len(prefix.encode()) == n_bytes <= max_bytes
     assert prefix == text or n_bytes + len(text[len(prefix)].encode()) > max_bytes
+
+
+def test_a_pipe_is_no_file_to_train_on(tmp_path: Path) -> None:
+    if not hasattr(os, "mkfifo"):
+        pytest.skip("this system has no named pipes")
+    os.mkfifo(tmp_path / "p.txt")
+    with pytest.raises(ValueError, match="p.txt: not a regular file; write what it gives"):
+        list(read_texts(tmp_path / "p.txt"))

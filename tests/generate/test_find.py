@@ -36,6 +36,13 @@ def test_a_checkpoint_left_between_two_renames_is_found(tmp_path):
     assert find_model(tmp_path / "run") == tmp_path / "run" / "best"
 
 
+def test_a_best_checkpoint_that_lost_its_weights_is_not_passed_over(tmp_path):
+    for name in ("best", "last"):
+        (tmp_path / "run" / name).mkdir(parents=True)
+    (tmp_path / "run" / "last" / "model.safetensors").touch()
+    assert find_model(tmp_path / "run") == tmp_path / "run" / "best"
+
+
 def test_without_a_name_the_run_saved_last_is_taken(tmp_path):
     put(tmp_path / "a" / "best", when=2_000_000)
     put(tmp_path / "b" / "best", when=3_000_000)
@@ -64,6 +71,11 @@ def test_timing_counts_every_step_of_every_sequence():
     times = time_decode(Transformer(ModelConfig(vocab_size=64, n_layers=1)), 3, 8, 5)
     assert (times.batch, times.prompt_tokens, len(times.steps)) == (3, 8, 5)
     assert min(times.prefill, *times.steps) > 0
+
+
+def test_two_steps_have_quartiles_between_them():
+    low, high = DecodeTimes(1, 8, 0.5, (0.001, 0.03)).quartiles
+    assert 0.001 <= low < high <= 0.03
 
 
 def test_the_summary_of_times():

@@ -5,7 +5,13 @@ import math
 import pytest
 import torch
 
-from pyllm.layers import LayerNorm, RMSNorm, RotaryTable, SinusoidalPositions
+from pyllm.layers import (
+    LayerNorm,
+    LearnedPositions,
+    RMSNorm,
+    RotaryTable,
+    SinusoidalPositions,
+)
 from pyllm.ops import rope
 
 
@@ -124,3 +130,29 @@ def test_the_norms_are_what_their_equations_say(dtype):
     wanted = wanted * layer.weight + layer.bias
     torch.testing.assert_close(layer(x).double(), wanted, rtol=tolerance, atol=tolerance)
     assert rms(x).dtype == layer(x).dtype == dtype
+
+
+TABLES = [RotaryTable(9, 6), LearnedPositions(9, 4), SinusoidalPositions(9, 4)]
+KINDS = [type(table).__name__ for table in TABLES]
+
+
+@pytest.mark.parametrize("table", TABLES, ids=KINDS)
+def test_rows_that_stand_at_different_positions(table):
+    positions = torch.tensor([[0, 1, 2], [6, 7, 8], [3, 3, 0]])
+    with torch.no_grad():
+        for parameter in table.parameters():
+            parameter.normal_()
+        together, whole = table.at(positions), table(0, 9)
+    pairs = zip(together, whole, strict=True) if len(together) == 2 else [(together, whole)]
+    for got, values in pairs:
+        for row, at in enumerate(positions.tolist()):
+            assert torch.equal(got[row], torch.stack([values[position] for position in at]))
+
+
+@pytest.mark.parametrize("table", TABLES, ids=KINDS)
+@pytest.mark.parametrize("position", [-1, 9])
+def test_a_position_outside_the_table_is_a_value_error(table, position):
+    """An index of -1 would be the last position."""
+    message = f"{type(table).__name__}: positions must be between 0 and 8, got values from"
+    with pytest.raises(ValueError, match=message):
+        table.at(torch.tensor([[0, position]]))

@@ -2,7 +2,7 @@
 
 import json
 import math
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -19,10 +19,13 @@ CHOICES = {
     "norm": ["rms", "layer"],
     "position": ["rope", "learned", "sinusoidal"],
     "activation": ["swiglu", "gelu"],
+    "rope_scaling": ["none", "linear", "llama3", "yarn"],
 }
-SIZES = [f.name for f in fields(ModelConfig) if f.type is int] + ["window"]
+FLAGS = ("tie_embeddings", "router_bias")
+OPTIONAL = ("window", "rope_original_len")
+MAY_BE_ZERO = ("moe_every", "attention_sinks", "n_shared_experts")
 LARGEST = {"n_layers": 10_000}
-RANGES = {"norm_eps": (1e-12, 1), "rope_theta": (1, 1e30)}
+RANGES = {"norm_eps": (1e-12, 1), "rope_theta": (1, 1e30), "rope_factor": (1, 1e6)}
 
 JUNK = st.one_of(
     st.integers(),
@@ -49,10 +52,14 @@ def small_settings(draw):
     n_kv_heads, groups = draw(st.integers(1, 2)), draw(st.integers(1, 3))
     head_dim = draw(st.integers(1, 3)) * (2 if position == "rope" else 1)
     n_experts = draw(st.integers(1, 4))
+    n_layers = draw(st.integers(1, 3))
+    moe_every = draw(st.integers(0, n_layers))
+    window = draw(st.none() | st.integers(1, 7))
+    scaling = draw(st.sampled_from(CHOICES["rope_scaling"])) if position == "rope" else "none"
     return {
         "vocab_size": draw(st.integers(1, 7)),
         "max_seq_len": draw(st.integers(1, 6)),
-        "n_layers": draw(st.integers(1, 3)),
+        "n_layers": n_layers,
         "d_model": head_dim * n_kv_heads * groups,
         "n_heads": n_kv_heads * groups,
         "n_kv_heads": n_kv_heads,
@@ -64,8 +71,14 @@ def small_settings(draw):
         "activation": draw(st.sampled_from(CHOICES["activation"])),
         "n_experts": n_experts,
         "top_k": draw(st.integers(1, n_experts)),
-        "moe_every": draw(st.integers(0, 4)),
-        "window": draw(st.none() | st.integers(1, 7)),
+        "moe_every": moe_every,
+        "n_shared_experts": draw(st.integers(0, 2)) if moe_every else 0,
+        "router_bias": draw(st.booleans()) if moe_every else False,
+        "window": window,
+        "attention_sinks": draw(st.integers(0, 3)) if window else 0,
+        "rope_scaling": scaling,
+        "rope_factor": 1.0 if scaling == "none" else draw(st.floats(1, 1e6)),
+        "rope_original_len": None if scaling == "none" else draw(st.integers(1, 9)),
         "tie_embeddings": draw(st.booleans()),
     }
 
@@ -84,16 +97,16 @@ def is_sound(settings):
     for name, value in settings.items():
         if name in CHOICES:
             good = type(value) is str and value in CHOICES[name]
-        elif name == "tie_embeddings":
+        elif name in FLAGS:
             good = type(value) is bool
         elif name in RANGES:
             low, high = RANGES[name]
             good = type(value) in (int, float, np.float64) and low <= value <= high
         elif value is None:
-            good = name == "window"
+            good = name in OPTIONAL
         else:
             most = LARGEST.get(name, 2**31 - 1)
-            least = 0 if name == "moe_every" else 1
+            least = 0 if name in MAY_BE_ZERO else 1
             good = type(value) in (int, np.int64) and least <= value <= most
         if not good:
             return False
@@ -103,7 +116,21 @@ def is_sound(settings):
         and heads % kv_heads == 0
         and (settings["position"] != "rope" or (width // heads) % 2 == 0)
         and (settings["moe_every"] == 0 or settings["top_k"] <= settings["n_experts"])
+        and settings["moe_every"] <= settings["n_layers"]
+        and (settings["moe_every"] or not settings["n_shared_experts"])
+        and (settings["moe_every"] or not settings["router_bias"])
+        and (settings["window"] is not None or not settings["attention_sinks"])
+        and is_sound_scaling(**{k: v for k, v in settings.items() if k in SCALING})
     )
+
+
+SCALING = ("rope_scaling", "rope_factor", "rope_original_len", "position")
+
+
+def is_sound_scaling(rope_scaling, rope_factor, rope_original_len, position):
+    if rope_scaling == "none":
+        return rope_factor == 1 and rope_original_len is None
+    return position == "rope" and (rope_scaling == "linear" or rope_original_len is not None)
 
 
 @given(any_settings())

@@ -26,6 +26,7 @@ from pyllm.models import PRESETS, ModelConfig, preset
         ({"max_seq_len": "512"}, "max_seq_len must be a whole number .*, got '512'"),
         ({"n_experts": None}, "n_experts must be a whole number .*, got None"),
         ({"moe_every": -1}, "moe_every must be a whole number from 0 to .*, got -1"),
+        ({"moe_every": 5}, r"moe_every \(5\) makes none of 4 layers a mixture; give 0"),
         ({"window": 0}, "window must be a whole number from 1 to .*, got 0"),
         ({"window": False}, "window must be a whole number from 1 to .*, got False"),
         ({"norm": "batch"}, "norm must be one of rms, layer, got 'batch'"),

@@ -168,9 +168,12 @@ def _outcome(operation: Operation, inputs: Arguments, face: str) -> Outcome | st
         if name in operation.gradients and isinstance(value, Tensor) and _may_have_gradient(value)
     }
     try:
-        values = operation.call(getattr(ops, operation.name), {**inputs, **leaves}, face)
+        arguments = operation.fresh({**inputs, **leaves})
+        values = operation.call(getattr(ops, operation.name), arguments, face)
     except ValueError as error:
         return str(error)
+    if not leaves:
+        return list(values), []
     differentiable = [value for value in values if value.requires_grad]
     generator = torch.Generator().manual_seed(0)
     upstreams = [

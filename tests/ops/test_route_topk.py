@@ -55,9 +55,40 @@ def test_bad_input(logits: torch.Tensor, top_k: int, message: str) -> None:
         route_topk(logits, top_k)
 
 
+@pytest.mark.parametrize("top_k", [-1, 0, 4])
+def test_the_cpu_face_writes_nowhere_else(top_k: int) -> None:
+    if "cpu" not in available_faces("route_topk"):
+        pytest.skip("pyllm._cpu is not built")
+    with pytest.raises(ValueError, match=f"top_k must be from 1 to 3, got {top_k}"):
+        torch.ops.pyllm.route_topk_forward(torch.randn(2, 3), None, top_k, "cpu")
+
+
 @pytest.mark.parametrize("face", available_faces("route_topk"))
 def test_nan_counts_as_the_largest_and_the_lower_index_comes_first(face: str) -> None:
     nan, inf = float("nan"), float("inf")
     logits = torch.tensor([[1.0, nan, inf, nan], [inf, -inf, nan, inf], [nan, nan, nan, nan]])
     experts = route_topk(logits, 3, face=face).experts
     assert experts.tolist() == [[1, 3, 2], [2, 0, 3], [0, 1, 2]]
+
+
+@pytest.mark.parametrize("face", available_faces("route_topk"))
+def test_a_bias_decides_the_choice_and_not_the_weights(face: str) -> None:
+    logits, bias = torch.tensor([[2.0, 1.0, 0.0, -200.0]]), torch.tensor([0.0, 0.0, 2.0, 3.0])
+    routing = route_topk(logits, 2, bias=bias, face=face)
+    assert routing.experts.tolist() == [[3, 2]]
+    assert routing.weights.tolist() == [[0.0, 1.0]]
+    # An expert whose probability is 0 in float32, alone: its weight is still 1.
+    assert route_topk(logits, 1, bias=bias, face=face).weights.tolist() == [[1.0]]
+
+
+@pytest.mark.parametrize(
+    ("bias", "message"),
+    [
+        (torch.ones(2), r"bias must have shape \(3\), got \(2,\)"),
+        (torch.ones(3).long(), "bias must be floating point"),
+        (torch.ones(3, device="meta"), "one device"),
+    ],
+)
+def test_bad_biases(bias: torch.Tensor, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        route_topk(torch.ones(2, 3), 1, bias=bias)

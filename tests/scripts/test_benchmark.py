@@ -1,6 +1,7 @@
 """scripts/benchmark.py: its numbers follow from one another, and its errors are one line."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -58,6 +59,7 @@ def test_a_preset_with_random_weights(script, capsys):
         ({"model": "x", "preset": "moe-tiny"}, "give model or preset, not both"),
         ({"preset": "moe-tinny"}, "did you mean 'moe-tiny'"),
         ({"model": "nowhere"}, "nowhere: no such folder"),
+        ({"preset": "moe-tiny", "out": Path("/")}, "--out / is a folder; name a file"),
         ({"preset": "moe-tiny", "prompt_tokens": 600}, "do not fit into the model's context"),
         (
             {"preset": "moe-tiny", "batches": (0,)},

@@ -21,7 +21,7 @@ from .conftest import load_script, one_error
 
 SCRIPTS = (
     *("train_moe", "generate", "benchmark", "train_tokenizer", "download_data", "doctor", "check"),
-    *(f"benchmarks/{name}" for name in ("ops", "balance", "stories", "gpu", "readme")),
+    *(f"benchmarks/{name}" for name in ("ops", "balance", "stories", "tokenizer", "gpu", "readme")),
 )
 PRESETS = ("moe-tiny", "moe-158m", "dense-21m")
 Place = tuple[str, ...]

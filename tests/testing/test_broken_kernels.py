@@ -11,30 +11,15 @@ from typing import Any
 import pytest
 import torch
 
-from pyllm.testing import OPERATIONS, Mismatch, OpCase, check_face
+from pyllm.testing import OPERATIONS, Mismatch, OpCase, check_face, mutate
 from pyllm.testing.check import expectations
 from pyllm.testing.faults import all_zeros
 from pyllm.testing.suite import DTYPES
 
 
 def _zeros(case: OpCase) -> SimpleNamespace:
-    """A face that returns zeros of the right shapes and dtypes, forward and backward."""
-    operation = case.operation
-
-    def spoil(stage: str) -> Callable[..., Any]:
-        sound = getattr(operation.reference, f"{operation.name}_{stage}")
-
-        def zeros(*values: Any) -> Any:
-            result = sound(*values)
-            if isinstance(result, torch.Tensor):
-                return torch.zeros_like(result)
-            return tuple(torch.zeros_like(one) for one in result)
-
-        return zeros
-
-    return SimpleNamespace(
-        **{f"{operation.name}_{stage}": spoil(stage) for stage in ("forward", "backward")}
-    )
+    """A face that gives zeros of the right shapes and dtypes, forward and backward."""
+    return mutate(case.operation, *(all_zeros(stage) for stage in case.operation.stages))
 
 
 def _could_show(case: OpCase) -> bool:
@@ -62,7 +47,7 @@ def test_zeros_fail_every_case(name: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_zeros_are_among_the_mutants(name: str) -> None:
     names = {mutant.name for mutant in OPERATIONS[name].mutants}
-    assert {all_zeros(stage).name for stage in ("forward", "backward")} <= names
+    assert {all_zeros(stage).name for stage in OPERATIONS[name].stages} <= names
 
 
 def _moe_ffn(change: Callable[[dict[str, Any]], dict[str, Any]]) -> SimpleNamespace:

@@ -67,5 +67,5 @@ def test_a_degenerate_tensor_must_still_be_small() -> None:
 
 def test_integers_are_exact() -> None:
     compare_exactly("order", torch.arange(3), torch.arange(3))
-    with pytest.raises(Mismatch, match="order: 1 of 3 integers differ"):
+    with pytest.raises(Mismatch, match="order: 1 of 3 entries differ"):
         compare_exactly("order", torch.tensor([0, 1, 3]), torch.arange(3))

@@ -1,12 +1,14 @@
 """The checks see what they are there to see, and declarations are well formed."""
 
+from collections.abc import Callable
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
 from pyllm.reference import rms_norm as reference
-from pyllm.testing import OPERATIONS, Mismatch, check_face, poisoned_memory
+from pyllm.testing import OPERATIONS, Mismatch, check_face, poisoned_memory, run_face
 from pyllm.testing.layouts import LAYOUTS
 
 CASE = OPERATIONS["rms_norm"].case({"N": 5, "D": 7})
@@ -15,8 +17,7 @@ CASE = OPERATIONS["rms_norm"].case({"N": 5, "D": 7})
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_declarations(name: str) -> None:
     operation = OPERATIONS[name]
-    needed = 8 if name in ("moe_ffn", "attention") else 3
-    assert len(operation.mutants) >= needed
+    assert len(operation.mutants) >= 8
     assert len({mutant.name for mutant in operation.mutants}) == len(operation.mutants)
     labels = [case.label for case in operation.hostile_cases]
     assert len(set(labels)) == len(labels)
@@ -84,3 +85,46 @@ def test_a_backward_may_not_write_to_what_it_is_given(victim: str) -> None:
     with pytest.raises(Mismatch, match=f"writes to its input {victim}"):
         check_face(CASE, face, torch.float32)
     check_face(CASE, reference, torch.float32)  # the next face gets sound ones
+
+
+def _appended(change: Callable[[torch.Tensor], torch.Tensor], victim: str) -> SimpleNamespace:
+    """``kv_append`` that then changes one of its inputs."""
+    operation = OPERATIONS["kv_append"]
+
+    def forward(*values: Any) -> None:
+        operation.reference.kv_append_forward(*values)
+        names = tuple(operation.smoke_cases[0].make_inputs(torch.float32))
+        tensor = values[names.index(victim)]
+        tensor.copy_(change(tensor))
+
+    return SimpleNamespace(kv_append_forward=forward)
+
+
+@pytest.mark.parametrize("victim", ["k", "starts"])
+def test_an_operation_that_writes_may_not_write_to_the_rest(victim: str) -> None:
+    case = OPERATIONS["kv_append"].smoke_cases[0]
+    check_face(case, _appended(lambda tensor: tensor, victim), torch.float32)
+    with pytest.raises(Mismatch, match=f"writes to its input {victim}"):
+        check_face(case, _appended(lambda tensor: tensor + 1, victim), torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_only_moved_must_arrive_unchanged(dtype: torch.dtype) -> None:
+    """By the error budget, the last bit of a number would be free."""
+    case = OPERATIONS["kv_append"].smoke_cases[0]
+
+    def nudge(cache: torch.Tensor) -> torch.Tensor:
+        last = cache.view(torch.int16 if dtype == torch.bfloat16 else torch.int32)[0, 0, 0, 0]
+        last ^= 1
+        return cache
+
+    with pytest.raises(Mismatch, match="v_cache: 1 of 108 entries differ"):
+        check_face(case, _appended(nudge, "v_cache"), dtype)
+
+
+def test_a_case_is_as_it_was_after_a_face_wrote_to_it() -> None:
+    case = OPERATIONS["kv_append"].smoke_cases[0]
+    inputs, again = (case.make_inputs(torch.float32) for _ in range(2))
+    first = run_face(case, case.operation.reference, inputs, {})
+    assert all(torch.equal(inputs[name], again[name]) for name in ("k_cache", "v_cache"))
+    assert not torch.equal(first.outputs["k_cache"], inputs["k_cache"])

@@ -4,6 +4,7 @@ import copy
 import json
 import re
 from collections.abc import Callable
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -32,6 +33,12 @@ def changed(*keys, to):
         place = place[key]
     place[keys[-1]] = to
     return json.dumps(content)
+
+
+def cut_by(pattern):
+    """Words as many a published tokenizer.json cuts them."""
+    cut = {**SPLIT, "behavior": "Isolated", "pattern": {"Regex": pattern}}
+    return changed("pre_tokenizer", "pretokenizers", to=[cut, {**BYTE_LEVEL, "use_regex": False}])
 
 
 def with_added(**fields):
@@ -135,10 +142,7 @@ def test_a_file_that_is_refused(tmp_path, data, message):
         with_added(special=False),
         vocab_with(xy=NEXT),
         changed("pre_tokenizer", to=BYTE_LEVEL),
-        *(
-            changed("pre_tokenizer", "pretokenizers", 0, "pattern", to={"Regex": pattern})
-            for pattern in SPLITS.values()
-        ),
+        *(cut_by(pattern) for pattern in SPLITS.values()),
         changed("post_processor", to=BYTE_LEVEL),
         changed("model", "continuing_subword_prefix", to=""),
     ],
@@ -170,7 +174,7 @@ def test_no_tokenizer_there(tmp_path):
 
 PANICS = {
     "a split that backtracks without end": (
-        changed("pre_tokenizer", "pretokenizers", 0, "pattern", to={"Regex": "(?:a|a)*b|(a+)+$"}),
+        cut_by("(?:a|a)*b|(a+)+$"),
         "splits at {'Regex': '(?:a|a)*b|(a+)+$'}; expected the pattern of pyllm, GPT-2, GPT-4",
     ),
     "a prefix longer than a token": (
@@ -192,17 +196,28 @@ def test_nothing_of_a_panic_reaches_the_terminal(tmp_path, capfd, name):
 
 def test_too_many_spaces_in_a_row_do_not_reach_the_library(tmp_path, capfd):
     """At 10,000,000 the pattern of Llama 3 made it panic."""
-    pattern = {"Regex": SPLITS["GPT-4 and Llama 3"]}
-    (tmp_path / "tokenizer.json").write_text(
-        changed("pre_tokenizer", "pretokenizers", 0, "pattern", to=pattern)
-    )
+    (tmp_path / "tokenizer.json").write_text(cut_by(SPLITS["GPT-4 and Llama 3"]))
     tokenizer = Tokenizer.load(tmp_path)
     text = " " * 10_000_001
     for encode in (tokenizer.encode, lambda text: tokenizer.encode_batch(["a", text])):
         with pytest.raises(ValueError, match="10,000,001 white-space characters in a row; expect"):
             encode(text)
     assert capfd.readouterr() == ("", "")
-    assert tokenizer.encode("a\n" * 3_000_000)[:2] == tokenizer.encode("a\n")
+
+
+def test_only_patterns_that_turn_back_limit_the_spaces(tmp_path, monkeypatch):
+    """Every byte string comes back with our own kinds of tokenizer, and with GPT-2's cuts."""
+    monkeypatch.setattr("pyllm.tokenizers.tokenizer.MAX_SPACES", 5)
+    text = f"a{' ' * 6}b"
+    assert TOKENIZER.decode_bytes(TOKENIZER.encode_bytes(text.encode())) == text.encode()
+    (tmp_path / "tokenizer.json").write_text(changed("pre_tokenizer", to=BYTE_LEVEL))
+    assert Tokenizer.load(tmp_path).decode(TOKENIZER.encode(text)) == text
+    (tmp_path / "tokenizer.json").write_text(cut_by(SPLITS["Qwen2"]))
+    tokenizer = Tokenizer.load(tmp_path)
+    for encode, given in ((tokenizer.encode, text), (tokenizer.encode_bytes, text.encode())):
+        with pytest.raises(ValueError, match="6 white-space characters in a row; expected at most"):
+            encode(given)
+    assert len(tokenizer.encode("a\n" * 6)) == 12  # not in a row
 
 
 def test_a_panic_that_is_not_known_is_a_value_error():
@@ -296,11 +311,17 @@ def test_gpt2_files_that_fit(tmp_path):
         (None, 300, None, "must be a list or stream of str, got None"),
     ],
 )
-def test_training_on_nonsense(texts, vocab_size, special_tokens, message):
+@pytest.mark.parametrize("trainer", ["pyllm", "tokenizers"])
+def test_training_on_nonsense(texts, vocab_size, special_tokens, message, trainer):
     more = {} if special_tokens is None else {"special_tokens": special_tokens}
     with pytest.raises(ValueError, match=message) as error:
-        train_bpe(texts, vocab_size, **more)
+        train_bpe(texts, vocab_size, trainer=trainer, **more)
     assert "\n" not in str(error.value)
+
+
+def test_a_trainer_that_is_none():
+    with pytest.raises(ValueError, match="trainer must be one of pyllm, tokenizers, got 'me'"):
+        train_bpe(["a"], 300, trainer="me")
 
 
 def test_numpy_integers_are_whole_numbers():
@@ -316,8 +337,9 @@ def test_a_failing_source_keeps_its_own_error():
         yield "a"
         raise RuntimeError("the source failed")
 
-    with pytest.raises(RuntimeError, match="the source failed"):
-        train_bpe(texts(), 300)
+    for trainer in ("pyllm", "tokenizers"):
+        with pytest.raises(RuntimeError, match="the source failed"):
+            train_bpe(texts(), 300, trainer=trainer)
 
 
 @pytest.mark.parametrize("allow_special", [False, True])
@@ -362,10 +384,12 @@ def test_ids_that_cannot_be_decoded(ids, message):
 
 
 @pytest.mark.parametrize("text", ["a" * 2_000_000, " " * 2_000_000, "ab" * 500_000])
+@pytest.mark.parametrize("trainer", ["pyllm", "tokenizers"])
 def test_a_text_that_is_one_word_is_trained_on_in_seconds(
-    text: str, watchdog: Callable[[], None]
+    text: str, trainer: Literal["pyllm", "tokenizers"], watchdog: Callable[[], None]
 ) -> None:
-    """Two million letters without a space once took over nine minutes."""
+    """Two million letters without a space once took the library over nine minutes."""
     watchdog()
-    tokenizer = train_bpe([text, "once upon a time " * 50], 400)
+    tokenizer = train_bpe([text, "once upon a time " * 50], 400, trainer=trainer)
+    text = text[:500_000]
     assert tokenizer.decode(tokenizer.encode(text)) == text

@@ -3,7 +3,6 @@
 import copy
 import json
 import re
-from itertools import pairwise
 
 import pytest
 from hypothesis import given
@@ -12,6 +11,8 @@ from hypothesis import strategies as st
 from pyllm.data import write_stories
 from pyllm.tokenizers import SPECIAL_TOKENS, Tokenizer, train_bpe
 from pyllm.tokenizers.lossless import SPLITS
+
+from .conftest import merge_by_hand
 
 pytestmark = pytest.mark.fuzz
 
@@ -55,18 +56,7 @@ CHARACTERS = {byte: character for character, byte in TABLE.items()}
 def slow_encode(text, vocab, merges, words):
     """The words that the library cuts, merged by hand: always the first pair of the list."""
     assert "".join(words) == "".join(CHARACTERS[byte] for byte in text.encode())
-    ranks = {tuple(pair): rank for rank, pair in enumerate(merges)}
-    ids = []
-    for word in words:
-        pieces = list(word)
-        while True:
-            found = [(ranks[pair], at) for at, pair in enumerate(pairwise(pieces)) if pair in ranks]
-            if not found:
-                break
-            at = min(found)[1]
-            pieces[at : at + 2] = [pieces[at] + pieces[at + 1]]
-        ids += [vocab[piece] for piece in pieces]
-    return ids
+    return [vocab[token] for token in merge_by_hand(merges, words)]
 
 
 def words_of(tokenizer, text):
@@ -76,6 +66,8 @@ def words_of(tokenizer, text):
 def check_lossless(tokenizer, text):
     ids = tokenizer.encode(text)
     assert tokenizer.decode(ids) == text
+    assert tokenizer.encode_bytes(text.encode()) == ids
+    assert tokenizer.decode_bytes(ids) == text.encode()
     assert all(0 <= id_ < tokenizer.vocab_size for id_ in ids)
     assert not set(ids) & set(tokenizer.special_tokens.values())
     assert tokenizer.encode_batch([text, text]) == [ids, ids]
@@ -100,6 +92,25 @@ def test_every_byte_string_is_decoded_as_python_does(watchdog, data):
     assert TOKENIZER.decode(ids) == data.decode("utf-8", "replace")
 
 
+# Bytes that are no UTF-8 between texts, and characters that are cut in the middle.
+DATA = st.lists(st.binary(max_size=3) | MIXED.map(str.encode), max_size=6).map(b"".join)
+
+
+@given(DATA | st.binary())
+def test_every_byte_string_comes_back_with_each_kind(watchdog, any_tokenizer, data):
+    watchdog()
+    ids = any_tokenizer.encode_bytes(data)
+    assert any_tokenizer.decode_bytes(ids) == data
+    assert any_tokenizer.decode(ids) == data.decode("utf-8", "replace")
+    assert not set(ids) & set(any_tokenizer.special_tokens.values())
+
+
+@given(TEXTS | MIXED)
+def test_every_text_comes_back_with_each_kind(watchdog, any_tokenizer, text):
+    watchdog()
+    check_lossless(any_tokenizer, text)
+
+
 @given(st.lists(st.integers(0, TOKENIZER.vocab_size - 1) | st.integers()), st.booleans())
 def test_any_ids_are_decoded_or_refused(watchdog, ids, skip_special):
     watchdog()
@@ -112,6 +123,7 @@ def test_any_ids_are_decoded_or_refused(watchdog, ids, skip_special):
         ids = [id_ for id_ in ids if tokens[id_] not in SPECIAL_TOKENS]
     data = bytes(TABLE[character] for id_ in ids for character in tokens[id_])
     assert TOKENIZER.decode(ids, skip_special) == data.decode("utf-8", "replace")
+    assert TOKENIZER.decode_bytes(ids, skip_special) == data
 
 
 @given(MIXED)
@@ -327,6 +339,10 @@ def test_a_tokenizer_file_is_lossless_or_refused(watchdog, folder, data, text):
     added = [token.content for token in tokenizer._backend.get_added_tokens_decoder().values()]
     for piece in (text, f"the cat {text}\u00e9 {EVERY_BYTE}", "  ".join(["", *added, " b"])):
         check_lossless(tokenizer, piece)
+        some = [*tokenizer.encode(piece, allow_special=True), tokenizer.vocab_size - 1]
+        for skip_special in (True, False):
+            data = tokenizer.decode_bytes(some, skip_special)
+            assert tokenizer.decode(some, skip_special) == data.decode("utf-8", "replace")
     ids = sorted(tokenizer._backend.get_vocab(with_added_tokens=True).values())
     assert ids == list(range(tokenizer.vocab_size))
     assert Tokenizer.load(tokenizer.save(folder / "saved.json")).hash == tokenizer.hash

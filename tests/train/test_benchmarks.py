@@ -60,8 +60,8 @@ def test_gpu_benchmark_at_toy_size(start: Callable[..., tuple[int, list[Path]]])
         for row in case["rows"]
         if "median" in row
     }
-    for op in OPERATIONS:
-        assert {(op, "reference", "forward"), (op, "reference", "backward")} <= timed
+    for op, operation in OPERATIONS.items():
+        assert {(op, "reference", stage) for stage in operation.stages} <= timed
 
 
 def test_less_memory_means_smaller_micro_batches(
@@ -143,3 +143,83 @@ def test_stories_benchmark(
     assert name == "embedded stories"
     assert 1 < run["val_bpb"] < 8 and run["train_tokens"] == 64 and run["story"]
     assert "<svg" in (file.parent / "stories.svg").read_text(encoding="utf-8")
+
+
+def _toy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pyllm.train.prepare.VALID_STORIES", 2)
+    monkeypatch.setattr(train_run, "STORY_TOKENS", 5)
+    few = DataConfig(n_stories=60)
+    monkeypatch.setattr("pyllm.train.DataConfig", lambda **more: replace(few, **more))
+    small = replace(TRAIN_PRESETS["moe-tiny"], batch_size=1, seq_len=32, threads=1, sample_every=0)
+    monkeypatch.setitem(TRAIN_PRESETS, "moe-tiny", small)
+
+
+def test_moe_vs_dense_benchmark(
+    start: Callable[..., tuple[int, list[Path]]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    _toy(monkeypatch)
+    code, [file] = start(
+        "moe_vs_dense.py", "--steps", 3, "--seeds", 2, "--tinystories", tmp_path / "none"
+    )
+    assert code == 0
+    content = read(file)
+    assert content["text"] == "embedded stories"
+    # Equal active compute, but for the routers: 4 layers of 8 experts and 256 channels.
+    assert content["mixture"]["active"] - content["dense"]["active"] == 4 * 8 * 256
+    runs, steps = content["runs"], content["steps"]
+    assert list(runs) == ["mixture", "dense, equal tokens", "dense, equal time"]
+    for kind, each in runs.items():
+        assert len(each) == 2 and each[0]["val_losses"] != each[1]["val_losses"], kind
+        assert each[0]["tokens"][-1] == steps[kind] * 32
+        assert each[0]["seconds"] == sorted(each[0]["seconds"])
+    ratio = runs["mixture"][0]["step_seconds"] / runs["dense, equal tokens"][0]["step_seconds"]
+    assert steps["dense, equal time"] == max(round(3 * ratio), 1)
+    for kind, found in content["summary"].items():
+        last = [run["val_losses"][-1] for run in runs[kind]]
+        assert found["val_loss"] == pytest.approx(sum(last) / 2)
+    assert "<svg" in (file.parent / "moe-vs-dense.svg").read_text(encoding="utf-8")
+
+
+def test_scaling_benchmark(
+    start: Callable[..., tuple[int, list[Path]]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    _toy(monkeypatch)
+    flags = ["--widths", 32, 64, 96, 128, "--tokens-per-parameter", 0.001, "--seq-len", 32]
+    code, [file] = start("scaling.py", *flags, "--tinystories", tmp_path / "none")
+    assert code == 0
+    content = read(file)
+    assert [run["width"] for run in content["runs"]] == [32, 64, 96, 128]
+    compute = [run["compute"] for run in content["runs"]]
+    assert compute == sorted(compute)
+    assert content["measured"] == content["runs"][-1]["val_loss"]
+    assert content["predicted"] > 0
+    assert "<svg" in (file.parent / "scaling.svg").read_text(encoding="utf-8")
+
+
+def test_a_power_law_is_found_again() -> None:
+    fit = runpy.run_path(str(BENCHMARKS / "scaling.py"))["fit_power_law"]
+    compute = [1e12, 3e12, 1e13, 5e13]
+    law = fit(compute, [1.2 + 2.0 * (c / 1e12) ** -0.3 for c in compute])
+    assert law.floor == pytest.approx(1.2, abs=0.02)
+    assert law.slope == pytest.approx(0.3, abs=0.02)
+    assert law(1e15) == pytest.approx(1.2 + 2.0 * 1000**-0.3, abs=0.02)
+
+
+@pytest.mark.parametrize(
+    ("name", "flags", "message"),
+    [
+        ("scaling.py", ["--widths", "32", "64", "96"], "at least four different multiples of 32"),
+        ("scaling.py", ["--widths", "32", "64", "96", "100"], "multiples of 32, got"),
+        ("scaling.py", ["--tokens-per-parameter", "0"], "above 0 and at most 1000, got 0"),
+        ("moe_vs_dense.py", ["--seeds", "0"], "--seeds must be a whole number from 1"),
+    ],
+)
+def test_impossible_comparisons_are_refused(
+    start: Callable[..., tuple[int, list[Path]]],
+    capsys: pytest.CaptureFixture[str],
+    name: str,
+    flags: list[str],
+    message: str,
+) -> None:
+    assert start(name, *flags) == (2, [])
+    assert message in capsys.readouterr().err

@@ -40,22 +40,22 @@ from pyllm.train import TRAIN_PRESETS, DataConfig, RunConfig, TrainConfig
         ),
         (
             {"learning_rate": -1e-3},
-            "train.learning_rate must be a finite number of at least 0, got -0.001",
+            "train.learning_rate must be a number from 0 to 1,000,000, got -0.001",
         ),
         ({"learning_rate": 0.0}, "train.learning_rate must be positive, got 0.0"),
         (
             {"learning_rate": float("nan")},
-            "train.learning_rate must be a finite number of at least 0, got nan",
+            "train.learning_rate must be a number from 0 to 1,000,000, got nan",
         ),
         (
             {"learning_rate": float("inf")},
-            "train.learning_rate must be a finite number of at least 0, got inf",
+            "train.learning_rate must be a number from 0 to 1,000,000, got inf",
         ),
         (
             {"balance_coef": -0.1},
-            "train.balance_coef must be a finite number of at least 0, got -0.1",
+            "train.balance_coef must be a number from 0 to 1,000,000, got -0.1",
         ),
-        ({"grad_clip": -1.0}, "train.grad_clip must be a finite number of at least 0, got -1.0"),
+        ({"grad_clip": -1.0}, "train.grad_clip must be a number from 0 to 1,000,000, got -1.0"),
         ({"seed": -1}, "train.seed must be a whole number from 0 to 4,294,967,295, got -1"),
         ({"threads": -1}, "train.threads must be a whole number from 0 to 1,024, got -1"),
         ({"beta1": 1.0}, "beta1 and beta2 must be below 1 .* got 1.0, 0.95 and 0.05"),
@@ -69,9 +69,13 @@ from pyllm.train import TRAIN_PRESETS, DataConfig, RunConfig, TrainConfig
         ({"seed": 2**32}, "train.seed must be a whole number from 0 to 4,294,967,295, got 42949"),
         (
             {"learning_rate": None},
-            "train.learning_rate must be a finite number of at least 0, got None",
+            "train.learning_rate must be a number from 0 to 1,000,000, got None",
         ),
-        ({"grad_clip": 10**400}, "train.grad_clip must be a finite number of at least 0, got 1000"),
+        ({"grad_clip": 10**400}, "train.grad_clip must be a number from 0 to 1,000,000, got 1000"),
+        (
+            {"weight_decay": 1e300},
+            "train.weight_decay must be a number from 0 to 1,000,000, got 1e",
+        ),
         ({"recompute": 1}, "train.recompute must be true or false, got 1"),
         ({"device": "gpu"}, "train.device must be one of auto, cpu, cuda, mps, got 'gpu'"),
         ({"dtype": []}, r"train.dtype must be one of auto, float32, .*, got \[\]"),

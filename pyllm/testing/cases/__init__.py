@@ -1,6 +1,8 @@
 """The declarations, one file per operation: inputs, hostile sizes, work, planted faults."""
 
 from pyllm.testing.cases.attention import ATTENTION
+from pyllm.testing.cases.decode_attention import DECODE_ATTENTION
+from pyllm.testing.cases.kv_append import KV_APPEND
 from pyllm.testing.cases.linear_cross_entropy import LINEAR_CROSS_ENTROPY
 from pyllm.testing.cases.moe_combine import MOE_COMBINE
 from pyllm.testing.cases.moe_dispatch import MOE_DISPATCH
@@ -19,6 +21,8 @@ OPERATIONS: dict[str, Operation] = {
         MOE_COMBINE,
         MOE_FFN,
         ATTENTION,
+        KV_APPEND,
+        DECODE_ATTENTION,
         ROPE,
         LINEAR_CROSS_ENTROPY,
     )

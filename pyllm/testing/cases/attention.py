@@ -177,6 +177,9 @@ ATTENTION = Operation(
         {"T": 5, "past": -3, "B": 1, "G": 1, "J": 2, "K": 8, "window": 0, "causal": True},
         {"T": 40, "past": -20, "B": 1, "G": 2, "J": 1, "K": 8, "window": 3, "causal": True},
         {"T": 257, "past": 0, "B": 1, "G": 1, "J": 1, "K": 16, "window": 128, "causal": True},
+        {"T": 129, "past": 3, "B": 2, "G": 2, "J": 2, "K": 8, "window": 0, "causal": True},
+        {"T": 17, "past": 0, "B": 1, "G": 1, "J": 2, "K": 128, "window": 0, "causal": True},
+        {"T": 140, "past": 5, "B": 1, "G": 1, "J": 1, "K": 8, "window": 0, "causal": False},
         {
             "T": 300,
             "past": 9,
@@ -194,6 +197,7 @@ ATTENTION = Operation(
             for width, shift in ((8, 212), (33, 40))
         ),
     ),
+    blocks={"QUERY_TOKENS": 16, "SCRATCH_BYTES": 1},
     tiny={"T": 4, "past": 0, "B": 1, "G": 1, "J": 2, "K": 4, "window": 0, "causal": True},
     smoke=(
         {"T": 1, "past": 0, "B": 1, "G": 1, "J": 1, "K": 8, "window": 0, "causal": True},

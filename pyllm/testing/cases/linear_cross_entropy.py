@@ -96,7 +96,12 @@ LINEAR_CROSS_ENTROPY = Operation(
         "V": (1, 2, 31, 97, 511, 1280),
         "ignored": ("none", "some", "all"),
     },
-    extra=({"N": 1030, "D": 8, "V": 16, "ignored": "some"},),
+    extra=(
+        {"N": 1030, "D": 8, "V": 16, "ignored": "some"},
+        {"N": 7, "D": 300, "V": 40, "ignored": "some"},
+        {"N": 3, "D": 4, "V": 50_257, "ignored": "none"},
+    ),
+    blocks={"CHUNK_BYTES": 1, "MIN_CHUNK": 16},
     tiny={"N": 4, "D": 3, "V": 5, "ignored": "some"},
     smoke=(
         {"N": 0, "D": 4, "V": 8, "ignored": "none"},

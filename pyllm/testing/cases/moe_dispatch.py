@@ -81,7 +81,10 @@ MOE_DISPATCH = Operation(
         "load": LOADS,
     },
     resolve=resolve_top_k,
-    extra=({"N": 5000, "D": 3, "E": 7, "A": 2, "load": "even"},),
+    extra=(
+        {"N": 5000, "D": 3, "E": 7, "A": 2, "load": "even"},
+        {"N": 30, "D": 300, "E": 64, "A": 8, "load": "even"},
+    ),
     tiny={"N": 4, "D": 3, "E": 3, "A": 2, "load": "even"},
     smoke=(
         {"N": 0, "D": 4, "E": 3, "A": 2, "load": "even"},

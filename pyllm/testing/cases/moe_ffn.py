@@ -171,6 +171,7 @@ MOE_FFN = Operation(
         {"N": 5, "D": 1280, "F": 511, "E": 2, "A": 2, "load": "even", "act": "swiglu"},
         {"N": 513, "D": 64, "F": 97, "E": 7, "A": 2, "load": "even", "act": "gelu"},
         {"N": 2100, "D": 8, "F": 9, "E": 3, "A": 2, "load": "last", "act": "swiglu"},
+        {"N": 200, "D": 16, "F": 12, "E": 64, "A": 8, "load": "even", "act": "swiglu"},
     ),
     tiny={"N": 4, "D": 3, "F": 2, "E": 3, "A": 2, "load": "even", "act": "swiglu"},
     smoke=(

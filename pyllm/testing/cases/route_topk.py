@@ -129,6 +129,7 @@ ROUTE_TOPK = Operation(
         {"N": 8192, "E": 16, "A": 2},
         {"N": 65, "E": 33, "A": 7, "ties": True},
         {"N": 129, "E": 16, "A": "E", "ties": True},
+        {"N": 65, "E": 256, "A": 8},
         {"N": 513, "E": 16, "A": 2, "bias": True},
         {"N": 65, "E": 33, "A": 7, "bias": True},
     ),

@@ -1,0 +1,99 @@
+"""Checks that the doors of a kv cache share: its shape, where new tokens stand, what is written."""
+
+import torch
+from torch import Tensor
+
+from pyllm.cpu_kernels._cache import require_positions
+from pyllm.ops._checks import (
+    check_flag,
+    check_floating,
+    check_integer,
+    check_shape,
+    check_whole,
+    is_readable,
+)
+
+
+def check_cache(
+    op: str,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    starts: Tensor,
+    counts: Tensor,
+    sinks: int,
+    rolling: bool,
+) -> int:
+    """Two caches of one shape, a start and a count for each row, and a ring behind the sinks.
+
+    Returns:
+        ``sinks`` as an int.
+    """
+    check_floating(op, k_cache=k_cache, v_cache=v_cache)
+    check_integer(op, starts=starts, counts=counts)
+    check_shape(op, "k_cache", k_cache, ("B", "slots", "G", "K"))
+    check_shape(op, "v_cache", v_cache, tuple(k_cache.shape))
+    batch, n_slots = k_cache.shape[:2]
+    check_shape(op, "starts", starts, (batch,))
+    check_shape(op, "counts", counts, (batch,))
+    check_flag(op, "rolling", rolling)
+    sinks = check_whole(op, "sinks", sinks, least=0)
+    if rolling and sinks >= n_slots:
+        raise ValueError(
+            f"{op}: a rolling cache needs more slots than sinks, got {n_slots} slots and "
+            f"{sinks} sinks"
+        )
+    return sinks
+
+
+def check_positions(
+    op: str, starts: Tensor, counts: Tensor, n_tokens: int, n_slots: int, rolling: bool
+) -> None:
+    """The new tokens fit into the cache. On the CPU only, see ``check_index_range``."""
+    if is_readable(starts) and is_readable(counts):
+        require_positions(op, starts, counts, n_tokens, n_slots, rolling)
+
+
+def check_inference(op: str, **tensors: Tensor) -> None:
+    """No gradient is expected: it would stop here without a word."""
+    if not torch.is_grad_enabled():
+        return
+    wanting = [name for name, tensor in tensors.items() if tensor.requires_grad]
+    if wanting:
+        raise ValueError(
+            f"{op}: no gradient flows through a kv cache, got {', '.join(wanting)} that "
+            "require one; call it under torch.no_grad() or torch.inference_mode()"
+        )
+
+
+def check_written(op: str, written: dict[str, Tensor], read: dict[str, Tensor]) -> None:
+    """What is written to is contiguous, and shares no memory with anything else."""
+    for name, tensor in written.items():
+        if not tensor.is_contiguous():
+            raise ValueError(
+                f"{op}: {name} is written to and must be contiguous, got strides "
+                f"{tensor.stride()} for shape {tuple(tensor.shape)}"
+            )
+    extents = {n: _extent(t) for n, t in {**written, **read}.items() if _has_memory(t)}
+    names = list(extents)
+    for place, name in enumerate(names):
+        if name not in written:
+            break
+        for other in names[place + 1 :]:
+            (begin, end), (other_begin, other_end) = extents[name], extents[other]
+            if begin < other_end and other_begin < end:
+                raise ValueError(
+                    f"{op}: {name} is written to and must share no memory with another input, got "
+                    f"{other} in the same place; clone it"
+                )
+
+
+def _has_memory(tensor: Tensor) -> bool:
+    real = type(tensor) is Tensor and not torch.compiler.is_compiling()
+    return real and tensor.device.type != "meta" and tensor.numel() > 0
+
+
+def _extent(tensor: Tensor) -> tuple[int, int]:
+    """The addresses a tensor lies between; what lies between its elements counts as its own."""
+    last = sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
+    begin = tensor.data_ptr()
+    return begin, begin + (last + 1) * tensor.itemsize

@@ -1,0 +1,86 @@
+"""The door of ``kv_append``: checks, registration, choice of face."""
+
+import torch
+from torch import Tensor
+
+from pyllm.ops._cache import check_cache, check_inference, check_positions, check_written
+from pyllm.ops._checks import check_floating, check_same_device, check_same_dtype, check_shape
+from pyllm.ops._registry import autocast_dtype, choose_face, register_inference
+
+
+def kv_append(
+    k_cache: Tensor,
+    v_cache: Tensor,
+    k: Tensor,
+    v: Tensor,
+    starts: Tensor,
+    counts: Tensor,
+    *,
+    sinks: int = 0,
+    rolling: bool = False,
+    face: str | None = None,
+) -> None:
+    """Write new keys and values into a kv cache, in place; for inference only.
+
+    A contiguous cache keeps position ``p`` in slot ``p``. A rolling one keeps the first ``sinks``
+    positions there and the others in a ring, ``sinks + (p - sinks) % (S - sinks)`` (Mistral 7B,
+    arXiv:2310.06825, sec. 2; sinks: StreamingLLM, arXiv:2309.17453).
+
+    Args:
+        k_cache, v_cache: (B, S, G, K) floating point, contiguous; written to.
+        k, v: (B, T, G, K) of the same dtype; under autocast they are converted to it.
+        starts: (B,) int32 or int64, the position of each row's first new token.
+        counts: (B,) int32 or int64, how many of the T are written; the rest is padding. Of more
+            than the ring holds only the last are.
+        sinks: positions at the front that are never overwritten in a rolling cache.
+        rolling: is the cache a ring?
+        face: one of ``available_faces``; by default the best for the device.
+
+    Raises:
+        ValueError: wrong shape, dtype or device, no more slots than sinks in a rolling cache,
+            caches that are not contiguous or share memory with another input, an input that
+            requires a gradient while gradients are on; on the CPU also a start or count out of
+            range.
+    """
+    sinks = check_cache("kv_append", k_cache, v_cache, starts, counts, sinks, rolling)
+    check_floating("kv_append", k=k, v=v)
+    batch, n_slots, n_kv_heads, head_dim = k_cache.shape
+    check_shape("kv_append", "k", k, (batch, "T", n_kv_heads, head_dim))
+    check_shape("kv_append", "v", v, tuple(k.shape))
+    tensors = {"k_cache": k_cache, "v_cache": v_cache, "k": k, "v": v}
+    check_same_device("kv_append", **tensors, starts=starts, counts=counts)
+    check_inference("kv_append", **tensors)
+    if autocast_dtype(k.device.type) is not None:
+        k, v = k.to(k_cache.dtype), v.to(v_cache.dtype)
+    check_same_dtype("kv_append", k_cache=k_cache, v_cache=v_cache, k=k, v=v)
+    check_written("kv_append", {"k_cache": k_cache, "v_cache": v_cache}, {"k": k, "v": v})
+    check_positions("kv_append", starts, counts, k.shape[1], n_slots, rolling)
+    chosen = choose_face("kv_append", k.device.type, face)
+    torch.ops.pyllm.kv_append_forward(
+        k_cache, v_cache, k, v, starts, counts, sinks, rolling, chosen
+    )
+
+
+def _fake(
+    k_cache: Tensor,
+    v_cache: Tensor,
+    k: Tensor,
+    v: Tensor,
+    starts: Tensor,
+    counts: Tensor,
+    sinks: int,
+    rolling: bool,
+    face: str,
+) -> None:
+    return None
+
+
+register_inference(
+    "kv_append",
+    forward=(
+        "(Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor k, Tensor v, Tensor starts,"
+        " Tensor counts, int sinks, bool rolling, str face) -> ()"
+    ),
+    fake=_fake,
+    faces={"cpu": ("cpu", "reference"), "cuda": ("reference",)},
+)

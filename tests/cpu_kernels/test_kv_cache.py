@@ -1,0 +1,99 @@
+"""The C++ faces of a kv cache's operations: every instruction set, any number of threads."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from pyllm._native import cpu_extension
+from pyllm.testing import OPERATIONS, check_face
+from pyllm.testing.cases._cache import slot_of
+
+if cpu_extension() is None:
+    pytest.skip("pyllm._cpu is not built", allow_module_level=True)
+
+from pyllm.cpu_kernels import decode_attention, kv_append
+from pyllm.cpu_kernels.decode_attention import decode_attention_forward
+from pyllm.cpu_kernels.kv_append import kv_append_forward
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("face", [kv_append, decode_attention])
+def test_every_instruction_set(isa: str, face: object, dtype: torch.dtype) -> None:
+    operation = OPERATIONS[face.__name__.rpartition(".")[2]]
+    for case in (*operation.smoke_cases, *map(operation.case, operation.extra)):
+        check_face(case, face, dtype)
+
+
+# Heads whose loops are straight lines and others; chunks of 64 keys and more; one row and several.
+SHAPES = [(1, 1, 8, 1, 64), (1, 1, 2, 4, 64), (3, 2, 1, 8, 128), (2, 5, 3, 2, 33)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_same_bits_on_any_number_of_threads(
+    isa: str, shape: tuple[int, ...], dtype: torch.dtype, set_threads: Callable[[int], None]
+) -> None:
+    batch, tokens, groups, shared, width = shape
+    generator = torch.Generator().manual_seed(0)
+    q = torch.randn(batch, tokens, groups * shared, width, generator=generator).to(dtype)
+    k, v = torch.randn(2, batch, 1000, groups, width, generator=generator).to(dtype)
+    starts = torch.full((batch,), 1000 - tokens, dtype=torch.int32)
+    starts[1:] -= 300
+    counts = torch.full((batch,), tokens, dtype=torch.int32)
+    results = []
+    for threads in (1, 2, 3, 5):
+        set_threads(threads)
+        results.append(decode_attention_forward(q, k, v, starts, counts, 0.2, 0, 0, False))
+    assert all(torch.equal(results[0], other) for other in results[1:])
+    assert results[0].std() > 0.01
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_rolling_cache_gives_the_bits_of_a_contiguous_one(isa: str, dtype: torch.dtype) -> None:
+    """The keys are taken by position, wherever they lie."""
+    sizes = {"rolling": True, "sinks": 3, "S": 3 + 150}
+    generator = torch.Generator().manual_seed(0)
+    q = torch.randn(1, 2, 4, 64, generator=generator).to(dtype)
+    k, v = torch.randn(2, 1, 500, 2, 64, generator=generator).to(dtype)
+    at = [position for position in range(500) if position < 3 or position >= 350]
+    slots = [slot_of(position, sizes) for position in at]
+    ring_k, ring_v = (torch.full((1, 153, 2, 64), float("nan"), dtype=dtype) for _ in range(2))
+    ring_k[:, slots], ring_v[:, slots] = k[:, at], v[:, at]
+    starts, counts = torch.tensor([498]), torch.tensor([2])
+    rest = (starts, counts, 0.2, 149, 3)
+    flat = decode_attention_forward(q, k, v, *rest, False)
+    assert torch.equal(decode_attention_forward(q, ring_k, ring_v, *rest, True), flat)
+    assert flat.isfinite().all()
+
+
+def test_bits_are_moved_as_they_are(isa: str) -> None:
+    """All 65,536 of a 16-bit float, signalling NaNs included."""
+    bits = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
+    k, v = bits.view(1, 64, 8, 128), bits.flip(0).view(1, 64, 8, 128)
+    k_cache, v_cache = torch.zeros(2, 1, 64, 8, 128, dtype=torch.bfloat16)
+    kv_append_forward(
+        k_cache, v_cache, k, v, torch.tensor([0]), torch.tensor([64]), sinks=0, rolling=False
+    )
+    assert torch.equal(k_cache.view(torch.int16), k.view(torch.int16))
+    assert torch.equal(v_cache.view(torch.int16), v.view(torch.int16))
+
+
+def test_the_launchers_refuse_what_would_leave_the_cache() -> None:
+    """A compiled door cannot look, and an address out of range would crash the process."""
+    k_cache, v_cache = torch.zeros(2, 1, 4, 1, 2)
+    new = torch.zeros(1, 2, 1, 2)
+    for start, count, rolling, message in (
+        (3, 2, False, "starts \\+ counts must not exceed the 4 slots of the cache, got 5"),
+        (-1, 2, False, "starts must not be negative, got -1"),
+        (2**31 - 2, 2, True, "must not exceed the 2147483647 positions there are, got 2147483648"),
+        (0, 3, True, "counts must be between 0 and 2, got values from 3 to 3"),
+        (0, -1, True, "counts must be between 0 and 2, got values from -1 to -1"),
+    ):
+        at = (torch.tensor([start]), torch.tensor([count]))
+        with pytest.raises(ValueError, match=f"kv_append: .*{message}"):
+            kv_append_forward(k_cache, v_cache, new, new, *at, 0, rolling)
+        with pytest.raises(ValueError, match=f"decode_attention: .*{message}"):
+            decode_attention_forward(new, k_cache, v_cache, *at, 1.0, 1, 0, rolling)
