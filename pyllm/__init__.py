@@ -3,16 +3,43 @@
 Importing the package costs milliseconds: what is named here is loaded when it is first used.
 """
 
+from __future__ import annotations
+
 import importlib
+from pathlib import Path
 from types import ModuleType
+from typing import TYPE_CHECKING
 
 from pyllm._native import warn_if_missing
 
-__all__ = ["__version__", "doctor"]
+if TYPE_CHECKING:
+    import torch
+
+    from pyllm.generate import LanguageModel
+
+__all__ = ["__version__", "doctor", "load"]
 
 _LAZY_MODULES = {"doctor": "pyllm.doctor"}
 
 warn_if_missing()
+
+
+def load(
+    path: str | Path, *, device: str | torch.device = "auto", dtype: str | torch.dtype = "auto"
+) -> LanguageModel:
+    """Load a model that writes: ``pyllm.load("runs/NAME").generate("Once upon a time")``.
+
+    Args:
+        path: a run folder (its best checkpoint is taken) or a model folder.
+        device: ``auto`` (cuda, then mps, then cpu), ``cpu``, ``cuda``, ``cuda:1``, ``mps``.
+        dtype: of the weights: ``float32``, ``bfloat16``, ``float16``; ``auto``: as saved.
+
+    Raises:
+        ValueError: no model there, a damaged one, an unknown device or dtype.
+    """
+    from pyllm.generate import LanguageModel
+
+    return LanguageModel.load(path, device, dtype)
 
 
 def __getattr__(name: str) -> str | ModuleType:

@@ -2,34 +2,50 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from pyllm._checks import check_size
 from pyllm._cli import run
 from pyllm.generate.config import SamplingConfig
 
 if TYPE_CHECKING:
-    from pyllm.models import Transformer
-    from pyllm.tokenizers import Tokenizer
+    from pyllm.generate import LanguageModel
 
 EXPERT_COLOURS = ("cyan", "yellow", "magenta", "green", "red", "blue", "white", "bright_black")
 
 
 @dataclass(frozen=True)
 class Config(SamplingConfig):
-    """Writes a story with a trained model, word by word as it comes."""
+    """Writes a story with a trained model, word by word as it comes, or chats with one.
+
+    With --interactive, each line that is typed goes on with the story so far, and the model goes on
+    from there. After an empty line it goes on by itself or, when the story has come to its end,
+    begins another. The line "/new Once upon" begins a new story with these words. With --chat, each
+    line is a message, and /new begins a new conversation. What came before is not computed again.
+    Ctrl-C ends what is being written, Ctrl-D the program.
+    """
 
     model: str | None = None
     """A run folder (its best checkpoint is taken) or a model folder; by default the run under
     runs/ that was saved last."""
     prompt: str = ""
-    """How the story begins; by default the model's own idea."""
+    """How the story begins, by default the model's own idea; with --chat, the one message to
+    answer, by default they are asked for."""
     interactive: bool = False
-    """Ask for one beginning after the other. Ctrl-C ends a story, Ctrl-D the program."""
+    """Ask for lines, and tell a story together."""
+    fresh: bool = False
+    """With --interactive: each line begins a new story."""
+    chat: bool = False
+    """Answer messages, written as the chat template in the model's folder has it."""
+    system: str = ""
+    """With --chat: what the model is told before all messages."""
+    context: int | None = None
+    """Most tokens to look back on, at most the model's context; by default that, and 8,192 of a
+    larger one. The cache takes memory in proportion."""
     stats: bool = False
-    """Print tokens per second at the end."""
+    """Print tokens, seconds and tokens per second after each text: those of the prompt (prefill)
+    and those that were written (decode)."""
     show_experts: bool = False
     """Print the story once more, each token marked with the expert that weighed most in it."""
     expert_layer: int = -1
@@ -41,73 +57,43 @@ class Config(SamplingConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.context is not None:
+            check_size("context", self.context, 1)
         if self.interactive and self.prompt:
             raise ValueError("give prompt or interactive, not both")
+        if self.interactive and self.chat:
+            raise ValueError("give interactive or chat, not both; chat without prompt asks, too")
+        if self.fresh and not self.interactive:
+            raise ValueError("fresh goes with interactive; give both or neither")
+        if self.system and not self.chat:
+            raise ValueError("system goes with chat; give both or neither")
 
 
 def main(config: Config) -> None:
     """Loads the model and writes."""
-    from pyllm.generate import find_model, pick_dtype
-    from pyllm.models import choose_device, load_model
+    from pyllm.generate import LanguageModel
+    from pyllm.generate.terminal import Chat, Story, Turns, Writer, interact
 
-    folder = find_model(config.model)
-    model, tokenizer = load_model(folder, choose_device(config.device), pick_dtype(config.dtype))
+    model = LanguageModel.load(config.model, config.device, config.dtype)
     n_layers = model.config.n_moe_layers
     if config.show_experts and not -n_layers <= config.expert_layer < n_layers:
         raise ValueError(
-            f"--expert-layer is {config.expert_layer}; {folder} has {n_layers} MoE layers"
+            f"--expert-layer is {config.expert_layer}; {model.folder} has {n_layers} MoE layers"
         )
-    if config.interactive:
-        interact(config, model, tokenizer)
+
+    def afterwards(ids: list[int]) -> None:
+        if config.show_experts:
+            show_experts(config.expert_layer, model, ids)
+
+    writer = Writer(model, config, config.context, config.stats, afterwards)
+    turns: Turns = Chat(writer, config.system) if config.chat else Story(writer, config.fresh)
+    if config.interactive or (config.chat and not config.prompt):
+        interact(turns)
     else:
-        tell(config, model, tokenizer, config.prompt)
+        turns.take(config.prompt)
 
 
-def interact(
-    config: Config,
-    model: Transformer,
-    tokenizer: Tokenizer,
-    ask: Callable[[str], str] = input,
-) -> None:
-    """One story for each beginning that ``ask`` gives, until it raises EOFError."""
-    print("Type how a story begins. Ctrl-C ends a story, Ctrl-D the program.")
-    while True:
-        try:
-            tell(config, model, tokenizer, ask("> "))
-        except KeyboardInterrupt:
-            print()
-        except EOFError:
-            print()
-            return
-        except UnicodeDecodeError as error:
-            raise ValueError(
-                f"what was typed is not UTF-8 ({error.object[error.start]:#04x}); expected UTF-8"
-            ) from None
-
-
-def tell(config: Config, model: Transformer, tokenizer: Tokenizer, prompt: str) -> None:
-    """Prints the prompt and, as it comes, what follows."""
-    from pyllm.generate import TextStream, generate_ids, prompt_ids
-
-    ids = prompt_ids(model, tokenizer, prompt)
-    stream, new = TextStream(tokenizer), []
-    print(prompt, end="", flush=True)
-    start = time.perf_counter()
-    try:
-        for token in generate_ids(model, ids, config, stop_id=tokenizer.end_of_text_id):
-            new.append(token)
-            print(stream.push(token), end="", flush=True)
-    finally:
-        print(stream.end(), flush=True)
-    seconds = time.perf_counter() - start
-    if config.stats:
-        rate = len(new) / seconds
-        print(f"{len(new)} tokens in {seconds:.2f} s: {rate:.1f} tokens/s, the prompt included")
-    if config.show_experts:
-        show_experts(config.expert_layer, model, tokenizer, ids + new)
-
-
-def show_experts(layer: int, model: Transformer, tokenizer: Tokenizer, ids: list[int]) -> None:
+def show_experts(layer: int, model: LanguageModel, ids: list[int]) -> None:
     """Prints a text with the expert that weighed most in the writing of each token."""
     from rich.console import Console
     from rich.text import Text
@@ -116,8 +102,8 @@ def show_experts(layer: int, model: Transformer, tokenizer: Tokenizer, ids: list
 
     ids = ids[-model.config.max_seq_len :]
     # The experts that ran at a token wrote the one after it.
-    writers = expert_trace(model, ids)[layer, :-1, 0].tolist()
-    stream, story = TextStream(tokenizer), Text()
+    writers = expert_trace(model.model, ids)[layer, :-1, 0].tolist()
+    stream, story = TextStream(model.tokenizer), Text()
     for token, expert in zip(ids[1:], writers, strict=True):
         story.append(stream.push(token), style=EXPERT_COLOURS[expert % len(EXPERT_COLOURS)])
         story.append(str(expert), style="dim")

@@ -1,58 +1,14 @@
-"""Writing text: the prompt in one pass, then one token at a time with a kv cache."""
+"""Writing text after a prompt, or after several at once: ids to ids, and text to text."""
 
-from collections.abc import Iterator, Sequence
-from operator import index
+from collections.abc import Collection, Iterator, Sequence
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor
-
-from pyllm._checks import shown
 from pyllm.generate.config import SamplingConfig
-from pyllm.generate.sampling import sample_token
+from pyllm.generate.session import Session, checked_ids
 from pyllm.generate.stream import TextStream
-from pyllm.layers import KVCache
 from pyllm.models import Transformer
 from pyllm.tokenizers import Tokenizer
 
 
-def next_logits(model: Transformer, ids_BT: Tensor, cache: KVCache) -> Tensor:
-    """Run T new tokens and return the logits (B, V) of what follows the last of them.
-
-    Only the last position is projected to the vocabulary: the logits of a prompt of 1,024 tokens
-    and 50,257 words would take 0.2 GB.
-    """
-    x_BTD, _ = model.hidden(ids_BT, cache)
-    return F.linear(x_BTD[:, -1], model.output_weight)
-
-
-def checked_ids(name: str, model: Transformer, ids: Sequence[int]) -> list[int]:
-    """The ids as ints.
-
-    Args:
-        name: of the function whose argument they are, for the message.
-
-    Raises:
-        ValueError: none, not whole numbers, or not in the model's vocabulary.
-    """
-    try:
-        if any(isinstance(token, bool) for token in ids):
-            raise TypeError  # which Python counts among the whole numbers
-        checked = [index(token) for token in ids]
-    except TypeError:
-        raise ValueError(f"{name}: the ids must be whole numbers, got {shown(ids)}") from None
-    if not checked:
-        raise ValueError(f"{name}: expected at least one token to begin with, got none")
-    wrong = [token for token in checked if not 0 <= token < model.config.vocab_size]
-    if wrong:
-        raise ValueError(
-            f"{name}: token {shown(wrong[0])} is not in the model's vocabulary of "
-            f"{model.config.vocab_size}"
-        )
-    return checked
-
-
-@torch.inference_mode()
 def generate_ids(
     model: Transformer,
     ids: Sequence[int],
@@ -62,10 +18,8 @@ def generate_ids(
 ) -> Iterator[int]:
     """Yield the tokens that follow ``ids``, at most ``config.max_new_tokens``.
 
-    When the context is full, it slides: the second half of it is run again from position 0 in an
-    emptied cache, and the first half is forgotten. So a text may be longer than the context, at
-    the price of one prefill for every half context. A prompt longer than the context is cut to
-    its end in the same way.
+    A full context slides, as :class:`Session` has it. The stop strings of ``config`` are text, and
+    not looked for here.
 
     Args:
         model: where it is, is where this runs.
@@ -76,27 +30,12 @@ def generate_ids(
     Raises:
         ValueError: an empty prompt, an id that is not in the vocabulary, NaN in the logits.
     """
-    history = checked_ids("generate_ids", model, ids)
-    generator = torch.Generator()
-    if config.seed is None:
-        generator.seed()
-    else:
-        generator.manual_seed(config.seed)
-    device = model.embedding.weight.device
-    context = model.config.max_seq_len
-    cache = model.new_cache(1, min(context, len(history) + config.max_new_tokens))
-    new = history
-    for _ in range(config.max_new_tokens):
-        if cache.length + len(new) > context:
-            cache.truncate(0)
-            new = history[-max(context // 2, 1) :]
-        logits_1V = next_logits(model, torch.tensor([new], device=device), cache)
-        token = int(sample_token(logits_1V, config, generator))
-        if token == stop_id:
-            return
-        yield token
-        history.append(token)
-        new = [token]
+    ids = checked_ids("generate_ids", model, ids)
+    session = Session(model, context=len(ids) + config.max_new_tokens)
+    session.begin([ids], config, () if stop_id is None else (stop_id,))
+    while session.running:
+        for _, token in session.step():
+            yield token
 
 
 def generate(
@@ -110,16 +49,10 @@ def generate(
     Raises:
         ValueError: the tokenizer does not fit the model; see also :func:`generate_ids`.
     """
-    stream = TextStream(tokenizer)
-    for token in generate_ids(
-        model, prompt_ids(model, tokenizer, prompt), config, stop_id=tokenizer.end_of_text_id
-    ):
-        piece = stream.push(token)
-        if piece:
-            yield piece
-    rest = stream.end()
-    if rest:
-        yield rest
+    ids = prompt_ids(model, tokenizer, prompt)
+    session = new_session(model, tokenizer, [ids], config)
+    for _, piece in stream_texts(session, tokenizer, [ids], config, [tokenizer.end_of_text_id]):
+        yield piece
 
 
 def generate_text(
@@ -129,13 +62,54 @@ def generate_text(
     return "".join(generate(model, tokenizer, prompt, config))
 
 
+def new_session(
+    model: Transformer,
+    tokenizer: Tokenizer,
+    prompts: Sequence[Sequence[int]],
+    config: SamplingConfig,
+) -> Session:
+    """A session with as much room as these prompts and their continuations can take."""
+    longest = max(map(len, prompts)) + config.max_new_tokens
+    return Session(model, len(prompts), longest, tokenizer.vocab_size)
+
+
+def stream_texts(
+    session: Session,
+    tokenizer: Tokenizer,
+    prompts: Sequence[Sequence[int]],
+    config: SamplingConfig,
+    stop_ids: Collection[int],
+) -> Iterator[tuple[int, str]]:
+    """Yield (row, piece of its continuation) as they come, each of whole characters.
+
+    A row ends with one of ``stop_ids``, before one of ``config.stop``, or after
+    ``config.max_new_tokens``. Every step of the model gives all running rows a token.
+
+    Raises:
+        ValueError: see :meth:`Session.begin` and :meth:`Session.step`.
+    """
+    streams = [TextStream(tokenizer, config.stop) for _ in prompts]
+    session.begin(prompts, config, stop_ids)
+    while rows := session.running:
+        drawn = dict(session.step())
+        for row in rows:
+            stream = streams[row]
+            piece = stream.push(drawn[row]) if row in drawn else ""
+            if stream.stopped:
+                session.end(row)
+            if row not in session.running:
+                piece += stream.end()
+            if piece:
+                yield row, piece
+
+
 def prompt_ids(model: Transformer, tokenizer: Tokenizer, prompt: str) -> list[int]:
     """End-of-text, then the prompt: what the model is given.
 
     Raises:
-        ValueError: the tokenizer and the model have vocabularies of different size.
+        ValueError: the tokenizer has more tokens than the model.
     """
-    if tokenizer.vocab_size != model.config.vocab_size:
+    if tokenizer.vocab_size > model.config.vocab_size:
         raise ValueError(
             f"the tokenizer has {tokenizer.vocab_size} tokens and the model "
             f"{model.config.vocab_size}; use the tokenizer that was saved beside the model"

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from pyllm.generate.decode import checked_ids
+from pyllm.generate.session import checked_ids
 from pyllm.layers import Dispatcher, MoE
 from pyllm.models import Transformer
 

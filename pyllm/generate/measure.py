@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from pyllm._checks import check_size
-from pyllm.generate.decode import next_logits
+from pyllm.generate.session import next_logits
 from pyllm.models import Transformer
 
 

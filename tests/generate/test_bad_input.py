@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import fields
 from typing import Any
 
 import numpy as np
@@ -50,6 +51,16 @@ def model() -> Transformer:
         ({"seed": 2**63}, "seed must be a whole number from 0 to 9,223,372,036,854,775,807, got"),
         ({"seed": "7"}, "seed must be a whole number from 0 to .*, got '7'"),
         ({"greedy": 1}, "greedy must be true or false, got 1"),
+        ({"min_p": None}, "min_p must be a number from 0 to 1, got None"),
+        ({"min_p": True}, "min_p must be a number from 0 to 1, got True"),
+        ({"repetition_penalty": math.nan}, "repetition_penalty must be .* from 0.01 to 100, got n"),
+        ({"repetition_penalty": "1"}, "repetition_penalty must be .* from 0.01 to 100, got '1'"),
+        ({"stop": 3}, "stop must be texts that are not empty, got 3"),
+        ({"stop": ""}, "stop must be texts that are not empty, got ''"),
+        ({"stop": ("a", "")}, r"stop must be texts that are not empty, got \('a', ''\)"),
+        ({"stop": {"a"}}, "stop must be texts that are not empty, got {'a'}"),
+        ({"stop": (b"a",)}, "a text in stop must be a str, not bytes"),
+        ({"stop": ["caf\udce9"]}, "a text in stop has no UTF-8 form"),
     ],
 )
 def test_settings_of_another_kind(settings: dict[str, Any], message: str) -> None:
@@ -57,10 +68,15 @@ def test_settings_of_another_kind(settings: dict[str, Any], message: str) -> Non
         SamplingConfig(**settings)
 
 
+def test_one_stop_string_is_not_a_string_of_letters() -> None:
+    assert SamplingConfig(stop="end").stop == ("end",)  # type: ignore[arg-type]
+    assert SamplingConfig(stop=["a", "b"]).stop == ("a", "b")  # type: ignore[arg-type]
+
+
 @pytest.mark.fuzz
 @given(
     settings=st.dictionaries(
-        st.sampled_from(["max_new_tokens", "temperature", "top_k", "top_p", "greedy", "seed"]),
+        st.sampled_from([field.name for field in fields(SamplingConfig)]),
         ANYTHING,
         max_size=3,
     ),
@@ -91,6 +107,7 @@ def test_any_settings_and_prompt(
         assert first == int(model(torch.tensor([seen])).logits[0, -1].argmax())
 
 
+FLOAT_MAX = torch.finfo(torch.float32).max
 EDGES = [0.0, -0.0, 1e-45, 1e-38, -1e38, 3e38, 1e39, 1e300, math.inf, -math.inf, math.nan, 80.0]
 
 
@@ -104,6 +121,8 @@ EDGES = [0.0, -0.0, 1e-45, 1e-38, -1e38, 3e38, 1e39, 1e300, math.inf, -math.inf,
     temperature=st.one_of(st.floats(0, exclude_min=True, allow_infinity=False), st.just(1.0)),
     top_k=st.integers(0, 7),
     top_p=st.one_of(st.floats(0, 1, exclude_min=True), st.just(1.0)),
+    min_p=st.one_of(st.floats(0, 1), st.just(0.0)),
+    penalty=st.one_of(st.floats(0.01, 100), st.just(1.0)),
     greedy=st.booleans(),
 )
 @pytest.mark.filterwarnings("ignore:overflow encountered")
@@ -113,22 +132,35 @@ def test_any_logits(
     temperature: float,
     top_k: int,
     top_p: float,
+    min_p: float,
+    penalty: float,
     greedy: bool,
 ) -> None:
-    """A drawn word is one that the definition allows: kept by top-k, and not after the nucleus."""
+    """A drawn word is one that the definition allows: kept by top-k, top-p and min-p."""
     watchdog()
-    config = SamplingConfig(temperature=temperature, top_k=top_k, top_p=top_p, greedy=greedy)
+    config = SamplingConfig(
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=penalty,
+        greedy=greedy,
+    )
     rows = torch.from_numpy(logits).float()
     possible = logits.ndim == 2 and logits.shape[1] > 0
     possible = possible and bool((rows.amax(-1).isfinite()).all()) and not bool(rows.isnan().any())
     try:
-        drawn = sample_token(torch.from_numpy(logits), config)
+        every_second = torch.zeros(logits.shape, dtype=torch.bool)
+        every_second[..., ::2] = True
+        drawn = sample_token(torch.from_numpy(logits), config, seen_BV=every_second)
     except ValueError as error:
         assert not possible
         assert "\n" not in str(error) and str(error).startswith("sample_token: the logits")
         return
     assert possible
     assert drawn.shape == logits.shape[:1] and drawn.dtype == torch.int64
+    moved = torch.where(rows < 0, rows * penalty, rows / penalty).clamp(-FLOAT_MAX, FLOAT_MAX)
+    rows[:, ::2] = moved.where(rows > -math.inf, rows)[:, ::2]
     for row, word in zip(rows.tolist(), drawn.tolist(), strict=True):
         order = sorted(range(len(row)), key=lambda one: (-row[one], one))
         place = order.index(word)
@@ -141,6 +173,7 @@ def test_any_logits(
         weights = [math.exp(max((row[one] - row[kept[0]]) / temperature, -800.0)) for one in kept]
         assert sum(weights[:place]) / sum(weights) < top_p + 1e-5
         assert weights[place] > 0 or place == 0
+        assert weights[place] > min_p - 1e-5
 
 
 @pytest.mark.parametrize("settings", [{"temperature": 1e-320}, {"top_p": 1e-320}])
@@ -165,6 +198,34 @@ def test_logits_beyond_float32_are_refused() -> None:
     logits = torch.tensor([[1e300, 0.0]], dtype=torch.float64)
     with pytest.raises(ValueError, match="the logits hold NaN or infinity"):
         sample_token(logits, SamplingConfig())
+
+
+def test_a_penalty_at_the_end_of_float32_keeps_a_word_possible() -> None:
+    logits, seen = torch.tensor([[0.0, -3e38]]), torch.tensor([[False, True]])
+    config = SamplingConfig(temperature=1e38, top_p=1.0, repetition_penalty=100.0)
+    drawn = sample_token(logits.expand(2000, -1), config, None, seen.expand(2000, -1))
+    assert set(drawn.tolist()) == {0, 1}
+    with pytest.raises(ValueError, match="the logits hold NaN or infinity"):
+        sample_token(torch.full((1, 2), -math.inf), config, None, seen)
+
+
+@pytest.mark.parametrize(
+    ("seen", "message"),
+    [
+        (None, "a repetition penalty needs seen_BV, the tokens so far"),
+        (torch.zeros(2, 3), r"seen_BV must be bool of shape \(2, 3\), got torch.float32 \(2, 3\)"),
+        (torch.zeros(1, 3).bool(), r"seen_BV must be bool of shape \(2, 3\), got .* \(1, 3\)"),
+    ],
+)
+def test_seen_words_of_another_shape_or_kind(seen: Any, message: str) -> None:
+    config = SamplingConfig(repetition_penalty=1.1)
+    with pytest.raises(ValueError, match=f"sample_token: {message}"):
+        sample_token(torch.zeros(2, 3), config, seen_BV=seen)
+
+
+def test_generators_that_are_not_one_for_each_row() -> None:
+    with pytest.raises(ValueError, match="expected one generator for each of 2 rows, got 1"):
+        sample_token(torch.zeros(2, 3), SamplingConfig(), [torch.Generator()])
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Generation: the cache, the seed, the end of the text, the sliding context, the characters."""
+"""Generation: the cache, the seed, the end of the text, the sliding context."""
 
 from dataclasses import replace
 
@@ -7,17 +7,16 @@ import torch
 
 from pyllm.generate import (
     SamplingConfig,
-    TextStream,
     expert_trace,
     generate,
     generate_ids,
     generate_text,
     next_logits,
 )
-from pyllm.models import PRESETS, ModelConfig, Transformer
-from pyllm.tokenizers import Tokenizer, train_bpe
+from pyllm.models import PRESETS, ModelConfig
 
-SMALL = {"vocab_size": 67, "max_seq_len": 32, "n_layers": 3, "d_model": 32, "d_ff": 24}
+from .small import SMALL, chain_model, make_model
+
 SHAPES = {
     name: replace(
         config, **SMALL, n_heads=4, n_kv_heads=max(1, 4 * config.n_kv_heads // config.n_heads)
@@ -32,21 +31,6 @@ SHAPES = {
     "one kv head, top-1": ModelConfig(**SMALL, n_kv_heads=1, top_k=1),
 }
 GREEDY = SamplingConfig(greedy=True, max_new_tokens=20)
-
-
-def make_model(config: ModelConfig, seed: int = 0) -> Transformer:
-    torch.manual_seed(seed)
-    model = Transformer(config).eval()
-    with torch.no_grad():  # at 0.02 positions hardly matter, and logits of order 1 say more
-        for name, parameter in model.named_parameters():
-            if name.startswith(("embedding", "positions")):
-                parameter.normal_(std=0.4)
-    return model
-
-
-@pytest.fixture(scope="module")
-def tokenizer() -> Tokenizer:
-    return train_bpe(["Once there was a fox, and the fox was red. "] * 20, 280)
 
 
 @pytest.mark.parametrize("config", SHAPES.values(), ids=SHAPES)
@@ -122,35 +106,6 @@ def test_generation_leaves_the_global_generator_and_inference_mode_alone():
     assert torch.equal(before, torch.get_rng_state())
 
 
-def chain_model(tokenizer: Tokenizer, ids: list[int]) -> Transformer:
-    """A model that writes ``ids`` after end-of-text, and after them end-of-text again."""
-    n_words = tokenizer.vocab_size
-    config = ModelConfig(
-        vocab_size=n_words,
-        max_seq_len=64,
-        n_layers=1,
-        d_model=n_words + n_words % 2,
-        n_heads=1,
-        n_kv_heads=1,
-        d_ff=8,
-        moe_every=0,
-        position="learned",
-        tie_embeddings=False,
-    )
-    model = Transformer(config).eval()
-    with torch.no_grad():
-        for parameter in model.blocks.parameters():
-            parameter.zero_()  # nothing is added to the embedding, which is one-hot
-        model.positions.weight.zero_()
-        model.embedding.weight.copy_(torch.eye(n_words, config.d_model))
-        model.output.weight.zero_()
-        chain = [tokenizer.end_of_text_id, *ids, tokenizer.end_of_text_id]
-        assert len(set(ids)) == len(ids)
-        for before, after in zip(chain, chain[1:], strict=False):
-            model.output.weight[after, before] = 1.0
-    return model
-
-
 def test_the_text_stops_at_end_of_text_and_streams_whole_characters(tokenizer):
     text = "Once é🦊."
     ids = tokenizer.encode(text)
@@ -176,24 +131,6 @@ def test_special_tokens_in_a_prompt_are_text(tokenizer):
     assert ids.count(tokenizer.end_of_text_id) == 1
     expected = list(generate_ids(model, ids, config, stop_id=tokenizer.end_of_text_id))
     assert generate_text(model, tokenizer, prompt, config) == tokenizer.decode(expected)
-
-
-@pytest.mark.parametrize("seed", range(20))
-def test_streamed_random_bytes_join_to_what_decoding_at_once_gives(tokenizer, seed):
-    generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(tokenizer.vocab_size, (300,), generator=generator).tolist()
-    stream = TextStream(tokenizer)
-    pieces = [stream.push(token) for token in ids]
-    assert "".join([*pieces, stream.end()]) == tokenizer.decode(ids)
-    assert stream.end() == ""
-
-
-def test_streaming_valid_text_never_gives_a_replacement_character(tokenizer):
-    text = "naïve 你好 🦊👩‍👩‍👧 \U0010ffff \u0800 end \ufffd!"
-    stream = TextStream(tokenizer)
-    pieces = [stream.push(token) for token in tokenizer.encode(text)]
-    assert "".join(pieces) == text and stream.end() == ""
-    assert "".join(pieces).count("\ufffd") == 1  # the one that is in the text
 
 
 def test_an_empty_prompt_a_wrong_id_and_a_foreign_tokenizer_are_value_errors(tokenizer):

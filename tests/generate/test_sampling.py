@@ -1,4 +1,4 @@
-"""Sampling draws from the distribution it claims to."""
+"""Drawing a token: order, ties, seeds, rows, the ends of the uniform number."""
 
 import math
 from collections import Counter
@@ -12,38 +12,6 @@ N_DRAWS = 40_000
 N_WORDS = 12
 
 
-def claimed(logits: list[float], temperature: float, top_k: int, top_p: float) -> list[float]:
-    """The distribution, written down from its definition, with none of the code under test."""
-    order = sorted(range(len(logits)), key=lambda word: (-logits[word], word))
-    if top_k:
-        order = order[:top_k]
-    weight = {word: math.exp(logits[word] / temperature) for word in order}
-    total = sum(weight.values())
-    kept, mass = [], 0.0
-    for word in order:
-        if mass >= top_p:
-            break
-        kept.append(word)
-        mass += weight[word] / total
-    norm = sum(weight[word] for word in kept)
-    return [weight[word] / norm if word in kept else 0.0 for word in range(len(logits))]
-
-
-def chi_square(counts: Counter[int], probabilities: list[float]) -> float:
-    """The statistic's distance from its mean, in standard deviations."""
-    n_draws = sum(counts.values())
-    possible = [word for word, p in enumerate(probabilities) if p > 0]
-    assert set(counts) <= set(possible), "drew a word that has probability zero"
-    if len(possible) == 1:
-        return 0.0
-    statistic = sum(
-        (counts[word] - n_draws * probabilities[word]) ** 2 / (n_draws * probabilities[word])
-        for word in possible
-    )
-    freedom = len(possible) - 1
-    return (statistic - freedom) / math.sqrt(2 * freedom)
-
-
 def draw(logits: list[float], config: SamplingConfig, seed: int = 0) -> Counter[int]:
     rows = torch.tensor(logits).expand(N_DRAWS, -1)
     generator = torch.Generator().manual_seed(seed)
@@ -52,35 +20,6 @@ def draw(logits: list[float], config: SamplingConfig, seed: int = 0) -> Counter[
 
 def random_logits(seed: int = 0) -> list[float]:
     return torch.randn(N_WORDS, generator=torch.Generator().manual_seed(seed)).tolist()
-
-
-@pytest.mark.parametrize(
-    ("temperature", "top_k", "top_p"),
-    [
-        (1.0, 0, 1.0),
-        (0.5, 0, 1.0),
-        (2.0, 0, 1.0),
-        (1.0, 1, 1.0),
-        (1.0, 5, 1.0),
-        (1.0, 100, 1.0),
-        (1.0, 0, 0.01),
-        (1.0, 0, 0.6),
-        (1.0, 0, 0.95),
-        (0.7, 6, 0.8),
-        (1.5, 3, 0.5),
-    ],
-)
-def test_draws_from_the_claimed_distribution(temperature, top_k, top_p):
-    logits = random_logits()
-    config = SamplingConfig(temperature=temperature, top_k=top_k, top_p=top_p)
-    counts = draw(logits, config)
-    assert abs(chi_square(counts, claimed(logits, temperature, top_k, top_p))) < 5
-
-
-def test_the_chi_square_would_notice_another_temperature():
-    logits = random_logits()
-    counts = draw(logits, SamplingConfig(temperature=1.1, top_p=1.0))
-    assert chi_square(counts, claimed(logits, 1.0, 0, 1.0)) > 5
 
 
 def test_top_p_counts_the_probabilities_that_top_k_left():
@@ -169,6 +108,17 @@ def test_the_same_seed_draws_the_same_and_another_one_does_not():
     assert torch.equal(first, again) and not torch.equal(first, other)
 
 
+def test_a_generator_for_each_row_draws_what_the_row_alone_would():
+    rows = torch.randn(8, 50, generator=torch.Generator().manual_seed(0))
+    config = SamplingConfig(min_p=0.02)
+    generators = [torch.Generator().manual_seed(seed) for seed in range(8)]
+    together = [sample_token(rows, config, generators) for _ in range(5)]
+    for row in range(8):
+        generator = torch.Generator().manual_seed(row)
+        alone = [sample_token(rows[row : row + 1], config, generator) for _ in range(5)]
+        assert [step[row] for step in together] == [step[0] for step in alone]
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_logits_that_are_no_numbers_are_an_error(bad):
     logits = torch.zeros(2, 5)
@@ -187,6 +137,12 @@ def test_logits_that_are_no_numbers_are_an_error(bad):
         ({"top_k": -1}, r"top_k \(0 for all\) must be a whole number of at least 0, got -1"),
         ({"top_p": 0.0}, "top_p must be above 0 and at most 1, got 0.0"),
         ({"top_p": 1.5}, "top_p must be above 0 and at most 1, got 1.5"),
+        ({"min_p": -0.1}, "min_p must be a number from 0 to 1, got -0.1"),
+        ({"min_p": 1.5}, "min_p must be a number from 0 to 1, got 1.5"),
+        (
+            {"repetition_penalty": 0.0},
+            "repetition_penalty must be a number from 0.01 to 100, got 0",
+        ),
         ({"max_new_tokens": 0}, "max_new_tokens must be a whole number of at least 1, got 0"),
         ({"seed": -1}, "seed must be a whole number from 0 to 9,223,372,036,854,775,807"),
     ],

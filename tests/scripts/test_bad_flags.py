@@ -199,6 +199,19 @@ RANGES = [
     ("generate", ["--max-new-tokens", 0], "--max-new-tokens must be a whole number of at least 1"),
     ("generate", ["--seed", -1], "--seed must be a whole number from 0 to"),
     ("generate", ["--interactive", "--prompt", "x"], "give --prompt or --interactive, not both"),
+    ("generate", ["--interactive", "--chat"], "give --interactive or --chat, not both; --chat wi"),
+    ("generate", ["--fresh"], "--fresh goes with --interactive; give both or neither"),
+    ("generate", ["--chat", "--fresh"], "--fresh goes with --interactive; give both or neither"),
+    ("generate", ["--system", "Be brief."], "--system goes with --chat; give both or neither"),
+    ("generate", ["--context", 0], "--context must be a whole number of at least 1, got 0"),
+    ("generate", ["--min-p", 1.5], "--min-p must be a number from 0 to 1, got 1.5"),
+    ("generate", ["--min-p", "nan"], "--min-p must be a number from 0 to 1, got nan"),
+    (
+        "generate",
+        ["--repetition-penalty", 0],
+        "--repetition-penalty must be a number from 0.01 to 100, got 0.0",
+    ),
+    ("generate", ["--stop", ""], "--stop has an empty value"),
     (
         "benchmark",
         ["--batches", 1, 0],
@@ -435,6 +448,39 @@ def test_interactive_ends_with_its_input(typed: bytes, fox: Path) -> None:
     out, err = process.communicate(typed, timeout=60)
     assert (process.returncode, err) == (0, b"")
     assert out.count(b"> ") == typed.count(b"\n") + 1
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("tokenizer_config.json", None, "no chat template there; expected chat_template in"),
+        ("tokenizer_config.json", b"[]", "tokenizer_config.json: expected a JSON object, got list"),
+        ("chat_template.jinja", b"{% for", "the chat template is not Jinja: TemplateSyntaxError"),
+        (
+            "chat_template.jinja",
+            b"{{ raise_exception('no') }}",
+            "refuses the messages: TemplateErr",
+        ),
+        ("chat_template.jinja", b"no tokens", "ends an answer with no special token that the tok"),
+        ("generation_config.json", b'{"eos_token_id": -1}', "eos_token_id must be a whole number"),
+    ],
+)
+def test_a_model_that_cannot_chat(
+    file: str, content: bytes | None, message: str, refusal: Refusal, fox: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "damaged"
+    shutil.copytree(fox, folder)
+    (folder / "manifest.json").unlink()
+    if content is None:
+        (folder / file).unlink()
+    else:
+        (folder / file).write_bytes(content)
+    assert message in refusal("generate", "--model", "damaged", "--chat", "--prompt", "Hello")
+
+
+def test_a_message_longer_than_the_context(refusal: Refusal, fox: Path) -> None:
+    line = refusal("generate", "--model", fox, "--chat", "--prompt", "Hello " * 100)
+    assert "tokens with all that belongs to it, and the model looks back on 64; expected" in line
 
 
 def test_what_is_typed_must_be_utf8(fox: Path) -> None:

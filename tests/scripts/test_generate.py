@@ -68,7 +68,7 @@ def test_a_story_of_the_newest_run_with_stats_and_experts(place):
 
     code, out, _ = run(place, *flags, "--model", "runs/fox", "--stats", "--show-experts")
     assert code == 0 and out.startswith(plain)
-    written = re.search(r"(\d+) tokens in [\d.]+ s: [\d.]+ tokens/s", out)
+    written = re.search(r"(\d+) new tokens; prefill \d+ tokens .* [\d.]+ tokens/s", out)
     assert written and 1 <= int(written[1]) <= 30
     assert "MoE layer 1 of 0 to 1" in out
     counts = re.findall(r"(\d+): (\d+)", out.rpartition("tokens by expert")[2])

@@ -1,0 +1,322 @@
+"""A model and its tokenizer as one thing that writes text: what ``pyllm.load`` gives."""
+
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import fields, replace
+from difflib import get_close_matches
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal, overload
+
+import torch
+
+from pyllm._checks import check_size, shown
+from pyllm.generate.chat import ChatTemplate, Message
+from pyllm.generate.config import SamplingConfig
+from pyllm.generate.decode import new_session, prompt_ids, stream_texts
+from pyllm.generate.find import find_model, pick_dtype
+from pyllm.generate.session import Session
+from pyllm.models import ModelConfig, Transformer, choose_device, load_model
+from pyllm.models.device import DTYPES
+from pyllm.models.durable import check_manifest, read_json, readable_folder
+from pyllm.tokenizers import Tokenizer
+
+NOT_TUNED = "this model was not fine-tuned for chat: it goes on writing, and may not answer"
+
+
+class LanguageModel:
+    """Writes text, from one prompt or many, and answers in a chat.
+
+    ::
+
+        model = pyllm.load("runs/NAME")
+        model.generate("Once upon a time", max_new_tokens=50)
+        for piece in model.generate("Once upon a time", stream=True):
+            print(piece, end="")
+
+    Args:
+        model: the transformer, in evaluation mode.
+        tokenizer: its tokenizer.
+        folder: the model folder, whose settings say which tokens begin and end a text, and how a
+            conversation is written; without it, end-of-text does both, and there is no chat.
+
+    Attributes:
+        begin_id: the token that a text begins with, or None.
+        stop_ids: the tokens that end a text.
+
+    Raises:
+        ValueError: the tokenizer has more tokens than the model, or a file of the folder is
+            damaged.
+    """
+
+    def __init__(
+        self, model: Transformer, tokenizer: Tokenizer, folder: str | Path | None = None
+    ) -> None:
+        prompt_ids(model, tokenizer, "")  # refuses those that do not belong together
+        self.model = model
+        self.tokenizer = tokenizer
+        self.folder = None if folder is None else Path(folder)
+        self.begin_id: int | None = tokenizer.end_of_text_id
+        self.stop_ids: frozenset[int] = frozenset([tokenizer.end_of_text_id])
+        if self.folder is not None:
+            self._read_ends(readable_folder(self.folder))
+
+    @classmethod
+    def load(
+        cls,
+        path: str | Path | None = None,
+        device: str | torch.device = "auto",
+        dtype: str | torch.dtype = "auto",
+    ) -> "LanguageModel":
+        """See :func:`pyllm.load`; without a path, the run under runs/ that was saved last."""
+        folder = find_model(path)
+        if isinstance(dtype, torch.dtype):
+            dtype = next((name for name, known in DTYPES.items() if known == dtype), str(dtype))
+        place = choose_device(str(device) if isinstance(device, torch.device) else device)
+        number_format = pick_dtype(dtype)
+        return cls(*load_model(folder, place, number_format), folder)
+
+    @property
+    def config(self) -> ModelConfig:
+        """The model's architecture."""
+        return self.model.config
+
+    def __repr__(self) -> str:
+        parameters = sum(weight.numel() for weight in self.model.parameters())
+        weight = self.model.embedding.weight
+        kind = str(weight.dtype).removeprefix("torch.")
+        return f"LanguageModel({self.folder}, {parameters:,} parameters, {kind}, {weight.device})"
+
+    @overload
+    def generate(
+        self,
+        prompt: str,
+        config: SamplingConfig | None = None,
+        *,
+        stream: Literal[False] = False,
+        **settings: Any,
+    ) -> str: ...
+    @overload
+    def generate(
+        self,
+        prompt: list[str] | tuple[str, ...],
+        config: SamplingConfig | None = None,
+        *,
+        stream: Literal[False] = False,
+        **settings: Any,
+    ) -> list[str]: ...
+    @overload
+    def generate(
+        self,
+        prompt: str,
+        config: SamplingConfig | None = None,
+        *,
+        stream: Literal[True],
+        **settings: Any,
+    ) -> Iterator[str]: ...
+    @overload
+    def generate(
+        self,
+        prompt: list[str] | tuple[str, ...],
+        config: SamplingConfig | None = None,
+        *,
+        stream: Literal[True],
+        **settings: Any,
+    ) -> Iterator[tuple[int, str]]: ...
+
+    def generate(
+        self,
+        prompt: str | list[str] | tuple[str, ...],
+        config: SamplingConfig | None = None,
+        *,
+        stream: bool = False,
+        **settings: Any,
+    ) -> str | list[str] | Iterator[str] | Iterator[tuple[int, str]]:
+        """What the model writes after a prompt (which is not repeated), or after each of several.
+
+        Several prompts, of any lengths, run side by side. Each gives what it would give alone; the
+        one at place ``b`` draws with the seed ``seed + b``.
+
+        Args:
+            prompt: one text or a list of them; special tokens in it are text. An empty one begins
+                a new text.
+            config: the settings; by default those of :class:`SamplingConfig`.
+            stream: yield the text in pieces as it comes; of several prompts, pairs of the place in
+                the list and the piece.
+            settings: of :class:`SamplingConfig`, instead of those in ``config``:
+                ``max_new_tokens=50, temperature=0.7, stop=["The end"], seed=1``.
+
+        Returns:
+            A str, or a list of one for each prompt; with ``stream``, an iterator.
+
+        Raises:
+            ValueError: an unknown or impossible setting, a prompt that is no text, an empty one
+                where no token begins a text, a batch that the machine's memory has no room for.
+        """
+        config = _settings(config, settings)
+        prompts = [prompt] if isinstance(prompt, str) else prompt
+        if not isinstance(prompts, list | tuple):
+            raise ValueError(f"prompt must be a text or a list of texts, got {shown(prompt)}")
+        ids = [self.prompt_ids(one) for one in prompts]
+        pieces: Iterator[tuple[int, str]] = iter(())
+        if ids:
+            session = new_session(self.model, self.tokenizer, ids, config)
+            pieces = stream_texts(session, self.tokenizer, ids, config, self.stop_ids)
+        if isinstance(prompt, str):
+            alone = (piece for _, piece in pieces)
+            return alone if stream else "".join(alone)
+        if stream:
+            return pieces
+        texts = [""] * len(ids)
+        for row, piece in pieces:
+            texts[row] += piece
+        return texts
+
+    @overload
+    def chat(
+        self,
+        messages: Sequence[Message],
+        config: SamplingConfig | None = None,
+        *,
+        session: Session | None = None,
+        stream: Literal[False] = False,
+        **settings: Any,
+    ) -> str: ...
+    @overload
+    def chat(
+        self,
+        messages: Sequence[Message],
+        config: SamplingConfig | None = None,
+        *,
+        session: Session | None = None,
+        stream: Literal[True],
+        **settings: Any,
+    ) -> Iterator[str]: ...
+
+    def chat(
+        self,
+        messages: Sequence[Message],
+        config: SamplingConfig | None = None,
+        *,
+        session: Session | None = None,
+        stream: bool = False,
+        **settings: Any,
+    ) -> str | Iterator[str]:
+        """The assistant's answer to a conversation. Warns when the model never learned to.
+
+        Args:
+            messages: ``{"role": "system" | "user" | "assistant", "content": text}``, the last one
+                the user's. Special tokens in a content are text.
+            config: the settings; by default those of :class:`SamplingConfig`.
+            session: from :meth:`new_session`, kept for the whole conversation: then only what is
+                new in ``messages`` is computed.
+            stream: yield the answer in pieces as it comes.
+            settings: of :class:`SamplingConfig`, instead of those in ``config``.
+
+        Raises:
+            ValueError: an unknown or impossible setting, messages of another form, more tokens
+                than the session looks back on, a model without a chat template or without the
+                tokens it needs.
+        """
+        config = _settings(config, settings)
+        ids = self.template.ids(messages)
+        if not self.tuned_for_chat:
+            warnings.warn(NOT_TUNED, stacklevel=2)
+        session = self.new_session() if session is None else session
+        if len(ids) > session.context:
+            raise ValueError(
+                f"the conversation has {len(ids)} tokens, and the model looks back on "
+                f"{session.context}; leave out its oldest messages"
+            )
+        stops = self.stop_ids | {self.template.end_id}
+        pieces = stream_texts(session, self.tokenizer, [ids], config, stops)
+        answer = (piece for _, piece in pieces)
+        return answer if stream else "".join(answer)
+
+    def new_session(self, context: int | None = None) -> Session:
+        """An empty session for one text or conversation that goes on.
+
+        Args:
+            context: see :class:`Session`.
+        """
+        return Session(self.model, 1, context, self.tokenizer.vocab_size)
+
+    def prompt_ids(self, prompt: str) -> list[int]:
+        """The tokens that the model is given for a prompt: the one that begins a text, then its.
+
+        Raises:
+            ValueError: not a text, or an empty one where no token begins a text.
+        """
+        begin = [] if self.begin_id is None else [self.begin_id]
+        ids = begin + self.tokenizer.encode(prompt)
+        if not ids:
+            raise ValueError("the prompt is empty, and this model has no token to begin with")
+        return ids
+
+    @cached_property
+    def template(self) -> ChatTemplate:
+        """How a conversation becomes tokens.
+
+        Raises:
+            ValueError: the model has no chat template.
+        """
+        if self.folder is None:
+            raise ValueError("a chat needs the template in a model folder; use pyllm.load(folder)")
+        return ChatTemplate.load(readable_folder(self.folder), self.tokenizer)
+
+    @property
+    def tuned_for_chat(self) -> bool:
+        """Do the folder's settings name the template's end of an answer as an end of text?
+
+        That is how a chat model is published, for otherwise no program would stop after an answer.
+        """
+        return self.template.end_id in self.stop_ids
+
+    def _read_ends(self, folder: Path) -> None:
+        """Which tokens begin and end a text, from the folder's settings."""
+        names = ["config.json", "generation_config.json"]  # the second one has the last word
+        settings: dict[str, Any] = {}
+        for path in (folder / name for name in names):
+            if path.exists():
+                check_manifest(folder, [path.name])
+                found = read_json(path)
+                settings |= {
+                    key: (path, found[key])
+                    for key in ("bos_token_id", "eos_token_id")
+                    if key in found
+                }
+        if "bos_token_id" in settings:
+            path, begin = settings["bos_token_id"]
+            self.begin_id = None if begin is None else self._checked_id(path, "bos", begin)
+        if "eos_token_id" in settings:
+            path, stop = settings["eos_token_id"]
+            stops = stop if isinstance(stop, list) else [] if stop is None else [stop]
+            self.stop_ids = frozenset(self._checked_id(path, "eos", one) for one in stops)
+
+    def _checked_id(self, path: Path, name: str, token: Any) -> int:
+        most = self.tokenizer.vocab_size - 1
+        return check_size(f"{path}: {name}_token_id", token, 0, most)
+
+
+def _settings(config: SamplingConfig | None, settings: dict[str, Any]) -> SamplingConfig:
+    """The settings as a whole.
+
+    Raises:
+        ValueError: an unknown one, one out of its range, or a config of another kind.
+    """
+    if config is None:
+        config = SamplingConfig()
+    elif not isinstance(config, SamplingConfig):
+        raise ValueError(
+            f"config must be a SamplingConfig, got {shown(config)}; give single settings by name, "
+            "such as max_new_tokens=50"
+        )
+    known = [field.name for field in fields(SamplingConfig)]
+    for name in settings:
+        if name not in known:
+            near = get_close_matches(name, known, n=1, cutoff=0.0)
+            raise ValueError(
+                f"unknown setting {name!r}; did you mean {near[0]!r}? "
+                f"Known settings: {', '.join(known)}"
+            )
+    return replace(config, **settings)

@@ -1,0 +1,272 @@
+"""A kv cache and the tokens in it: rows of text written side by side, each token computed once."""
+
+import time
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from operator import index
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pyllm._checks import check_size, shown
+from pyllm.generate.config import SamplingConfig
+from pyllm.generate.sampling import sample_token
+from pyllm.layers import KVCache
+from pyllm.models import Transformer
+
+USUAL_CONTEXT = 8192
+"""Positions that a session has room for unless told otherwise. A published model of 1B parameters
+names 131,072, whose keys and values would take 8 GB."""
+
+
+@dataclass
+class Timing:
+    """What a text took, its drawing included. Several rows count together."""
+
+    cached_tokens: int = 0
+    """Of the prompt, in the cache already."""
+    prefill_tokens: int = 0
+    """Given to the model several at once: what was new in the prompt, and, each time the context
+    was full, the half of it that was kept."""
+    prefill_seconds: float = 0.0
+    """These steps also draw a token each."""
+    decode_tokens: int = 0
+    """Given to the model one at a time, as they were drawn."""
+    decode_seconds: float = 0.0
+    new_tokens: int = 0
+    """Drawn in all, the end of a text included."""
+
+    def __str__(self) -> str:
+        return (
+            f"{self.new_tokens} new tokens; prefill {self.prefill_tokens} tokens "
+            f"({self.cached_tokens} more were in the cache) in "
+            f"{_speed(self.prefill_tokens, self.prefill_seconds)}; decode {self.decode_tokens} "
+            f"tokens in {_speed(self.decode_tokens, self.decode_seconds)}"
+        )
+
+
+def _speed(n_tokens: int, seconds: float) -> str:
+    rate = n_tokens / seconds if seconds else 0.0
+    return f"{seconds:.3f} s, {rate:.1f} tokens/s"
+
+
+class Session:
+    """Rows of tokens that a model writes on, and the kv cache that remembers them.
+
+    :meth:`begin` gives each row a prompt and keeps what it shares with the row's tokens so far: of
+    a text that goes on where it ended, only what is new is computed. :meth:`step` then adds a token
+    to each row, until none is ``running``. It may be interrupted anywhere (Ctrl-C) and begun anew.
+
+    When a row's context is full, it slides: the second half of it is run again from position 0,
+    and the first half is forgotten. So a text may be longer than the context, at the price of one
+    prefill for every half context. A prompt longer than the context is cut to its end in the same
+    way.
+
+    Args:
+        model: where it is, is where this runs.
+        rows: texts side by side.
+        context: most tokens of a row to look back on, at most the model's; by default that, and
+            8,192 of a larger one. Memory is taken for all of them.
+        n_words: draw only the first so many ids, where the tokenizer has fewer than the model.
+
+    Attributes:
+        ids: the tokens of each row, prompt and continuation; the ones forgotten are not among them.
+        timing: since :meth:`begin`.
+
+    Raises:
+        ValueError: a size below 1, more than the machine's memory.
+    """
+
+    def __init__(
+        self,
+        model: Transformer,
+        rows: int = 1,
+        context: int | None = None,
+        n_words: int | None = None,
+    ) -> None:
+        wanted = USUAL_CONTEXT if context is None else check_size("context", context, 1)
+        self.model = model
+        self.context = min(wanted, model.config.max_seq_len)
+        self.n_words = model.config.vocab_size if n_words is None else n_words
+        self.cache: KVCache = model.new_cache(rows, self.context)
+        self.ids: list[list[int]] = [[] for _ in range(rows)]
+        self.timing = Timing()
+        self._left: dict[int, int] = {}  # running row: how many tokens it may still write
+
+    @property
+    def running(self) -> list[int]:
+        """The rows that are not at their end."""
+        return list(self._left)
+
+    def end(self, row: int) -> None:
+        """Write no more on this row."""
+        self._left.pop(row, None)
+
+    def begin(
+        self,
+        prompts: Sequence[Sequence[int]],
+        config: SamplingConfig,
+        stop_ids: Collection[int] = (),
+    ) -> None:
+        """Give every row a prompt of at least one token.
+
+        Args:
+            prompts: one for each row.
+            config: how to draw. Row ``b`` draws with the seed ``config.seed + b``, so that it
+                writes what it would alone with that seed. The stop strings are the caller's.
+            stop_ids: each ends a row, and is not added to it.
+
+        Raises:
+            ValueError: an empty prompt, an id that is not in the vocabulary, not one prompt for
+                each row.
+        """
+        if len(prompts) != len(self.ids):
+            raise ValueError(f"expected {len(self.ids)} prompts, one a row, got {len(prompts)}")
+        checked = [checked_ids("prompt", self.model, prompt) for prompt in prompts]
+        self._left = {}
+        # In this order, so that an interruption never leaves a cache that knows more than the ids.
+        shared = [self._shared(row, prompt) for row, prompt in enumerate(checked)]
+        self._truncate(shared)
+        self.ids = checked
+        self._config, self._stop_ids = config, frozenset(stop_ids)
+        self._generators = [torch.Generator() for _ in checked]
+        for row, generator in enumerate(self._generators):
+            if config.seed is None:
+                generator.seed()
+            else:
+                generator.manual_seed(config.seed + row)
+        self._seen_BV: Tensor | None = None
+        if config.repetition_penalty != 1:
+            self._seen_BV = torch.zeros(len(checked), self.n_words, dtype=torch.bool)
+            for row, ids in enumerate(checked):
+                self._seen_BV[row, [token for token in ids if token < self.n_words]] = True
+            self._seen_BV = self._seen_BV.to(self.model.embedding.weight.device)
+        self.timing = Timing(cached_tokens=sum(shared))
+        self._left = dict.fromkeys(range(len(checked)), config.max_new_tokens)
+
+    @torch.inference_mode()
+    def step(self) -> list[tuple[int, int]]:
+        """Run the model once: the token that was added to each row (row, token).
+
+        A row that drew a stop token is not among them, and no longer ``running``.
+
+        Raises:
+            ValueError: NaN in the logits.
+        """
+        start = time.perf_counter()
+        rows = self.running
+        new = {row: self._new(row) for row in rows}
+        logits_RV = self._logits(new)
+        seen_RV = None if self._seen_BV is None else self._seen_BV[rows]
+        generators = [self._generators[row] for row in rows]
+        tokens = sample_token(logits_RV, self._config, generators, seen_RV).tolist()
+        self._count(sum(map(len, new.values())), len(rows), time.perf_counter() - start)
+        added = []
+        for row, token in zip(rows, tokens, strict=True):
+            if token in self._stop_ids:
+                self.end(row)
+                continue
+            self.ids[row].append(token)
+            if self._seen_BV is not None:
+                self._seen_BV[row, token] = True
+            added.append((row, token))
+            self._left[row] -= 1
+            if not self._left[row]:
+                self.end(row)
+        return added
+
+    def _shared(self, row: int, prompt: list[int]) -> int:
+        """How many of the prompt's tokens the cache has. The last is run again: what follows it
+        was not kept."""
+        held = self.ids[row][: int(self.cache.lengths[row])]
+        pairs = zip(held, prompt, strict=False)
+        return next(
+            (place for place, (one, other) in enumerate(pairs) if one != other),
+            min(len(held), len(prompt) - 1),
+        )
+
+    def _new(self, row: int) -> list[int]:
+        """The tokens of a row that are not in the cache; makes room for them."""
+        if len(self.ids[row]) > self.context:
+            lengths = self.cache.lengths.tolist()
+            lengths[row] = 0
+            self._truncate(lengths)
+            self.ids[row] = self.ids[row][-max(self.context // 2, 1) :]
+        return self.ids[row][int(self.cache.lengths[row]) :]
+
+    def _truncate(self, lengths: list[int]) -> None:
+        self.cache.truncate(torch.tensor(lengths, dtype=torch.int32))
+
+    def _logits(self, new: dict[int, list[int]]) -> Tensor:
+        """Run new tokens of some rows, and return the logits (R, V) of what follows in these."""
+        counts = [len(new.get(row, ())) for row in range(len(self.ids))]
+        longest = max(counts)
+        padded = [[*new.get(row, ()), *[0] * (longest - count)] for row, count in enumerate(counts)]
+        device = self.model.embedding.weight.device
+        ids_BT = torch.tensor(padded, device=device)
+        counts_B = None
+        if min(counts) < longest:
+            counts_B = torch.tensor(counts, dtype=torch.int32)
+        logits_BV = next_logits(self.model, ids_BT, self.cache, counts_B)
+        return logits_BV[list(new), : self.n_words]
+
+    def _count(self, n_tokens: int, n_rows: int, seconds: float) -> None:
+        timing = self.timing
+        # The first step is for the prompt, also where all but one of its tokens were there already.
+        if n_tokens > n_rows or not timing.new_tokens:
+            timing.prefill_tokens += n_tokens
+            timing.prefill_seconds += seconds
+        else:
+            timing.decode_tokens += n_tokens
+            timing.decode_seconds += seconds
+        timing.new_tokens += n_rows
+
+
+def next_logits(
+    model: Transformer, ids_BT: Tensor, cache: KVCache, counts_B: Tensor | None = None
+) -> Tensor:
+    """Run T new tokens and return the logits (B, V) of what follows the last of them.
+
+    Only the last position is projected to the vocabulary: the logits of a prompt of 1,024 tokens
+    and 50,257 words would take 0.2 GB.
+
+    Args:
+        model: the transformer.
+        ids_BT: (B, T) int64.
+        cache: appended to.
+        counts_B: (B,) int32, how many of a row's tokens are real; by default all. The logits of a
+            row without any mean nothing.
+    """
+    x_BTD, _ = model.hidden(ids_BT, cache, counts_B)
+    if counts_B is None:
+        return F.linear(x_BTD[:, -1], model.output_weight)
+    last_B = counts_B.to(x_BTD.device, torch.int64) - 1
+    rows_B = torch.arange(len(last_B), device=x_BTD.device)
+    return F.linear(x_BTD[rows_B, last_B], model.output_weight)
+
+
+def checked_ids(name: str, model: Transformer, ids: Sequence[int]) -> list[int]:
+    """The ids as ints.
+
+    Args:
+        name: of the function whose argument they are, for the message.
+
+    Raises:
+        ValueError: none, not whole numbers, or not in the model's vocabulary.
+    """
+    try:
+        if any(isinstance(token, bool) for token in ids):
+            raise TypeError  # which Python counts among the whole numbers
+        checked = [index(token) for token in ids]
+    except TypeError:
+        raise ValueError(f"{name}: the ids must be whole numbers, got {shown(ids)}") from None
+    if not checked:
+        raise ValueError(f"{name}: expected at least one token to begin with, got none")
+    wrong = [token for token in checked if not 0 <= token < model.config.vocab_size]
+    if wrong:
+        raise ValueError(
+            f"{name}: token {shown(wrong[0])} is not in the model's vocabulary of "
+            f"{model.config.vocab_size}"
+        )
+    return checked

@@ -1,0 +1,285 @@
+"""``pyllm.load``: text from one prompt or many, in pieces or whole, and answers in a chat."""
+
+import json
+import shutil
+import warnings
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import pyllm
+from pyllm.generate import LanguageModel, SamplingConfig, generate_text
+from pyllm.models import ModelConfig, save_model
+from pyllm.tokenizers import Tokenizer, train_bpe
+
+from .small import SMALL, chain_model, make_model
+
+PROMPTS = ["Once", "", "Once there was a fox, and the fox was red. Once", "fox fox"]
+GREEDY = SamplingConfig(greedy=True, max_new_tokens=20)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer) -> Path:
+    """A run folder with an untrained model in best/."""
+    folder = tmp_path_factory.mktemp("run")
+    config = ModelConfig(**SMALL | {"vocab_size": tokenizer.vocab_size, "max_seq_len": 48})
+    save_model(folder / "best", make_model(config), tokenizer)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model(folder: Path) -> LanguageModel:
+    return pyllm.load(folder, device="cpu")
+
+
+@pytest.fixture
+def copied(folder: Path, tmp_path: Path) -> Path:
+    """A model folder without a manifest, to change."""
+    shutil.copytree(folder / "best", tmp_path / "model")
+    (tmp_path / "model" / "manifest.json").unlink()
+    return tmp_path / "model"
+
+
+def change(folder: Path, name: str, **settings: Any) -> None:
+    file = folder / name
+    file.write_text(json.dumps(json.loads(file.read_text()) | settings))
+
+
+def test_a_text_whole_and_in_pieces(model: LanguageModel) -> None:
+    whole = model.generate("Once", GREEDY)
+    assert whole == generate_text(model.model, model.tokenizer, "Once", GREEDY)
+    pieces = model.generate("Once", GREEDY, stream=True)
+    first = next(pieces)
+    assert first and len(first) < len(whole)
+    assert first + "".join(pieces) == whole
+
+
+def test_settings_by_name(model: LanguageModel) -> None:
+    by_name = model.generate("Once", max_new_tokens=9, temperature=1.5, seed=4)
+    config = SamplingConfig(max_new_tokens=9, temperature=1.5, seed=4)
+    assert by_name == model.generate("Once", config)
+    assert model.generate("Once", config, seed=5) != by_name
+    assert model.generate("Once", config, seed=5) == model.generate("Once", replace(config, seed=5))
+
+
+@pytest.mark.parametrize("config", [GREEDY, SamplingConfig(seed=3, temperature=1.3)])
+def test_a_batch_gives_what_each_prompt_gives_alone(
+    model: LanguageModel, config: SamplingConfig
+) -> None:
+    config = replace(config, max_new_tokens=60)
+    texts = model.generate(PROMPTS, config)
+    for row, prompt in enumerate(PROMPTS):
+        seed = None if config.seed is None else config.seed + row
+        assert texts[row] == model.generate(prompt, replace(config, seed=seed))
+    joined = [""] * len(PROMPTS)
+    order = []
+    for row, piece in model.generate(tuple(PROMPTS), config, stream=True):
+        assert piece
+        joined[row] += piece
+        order.append(row)
+    assert joined == texts
+    assert order[:4] != sorted(order)[:4], "the rows come one after the other"
+    assert model.generate([]) == [] and list(model.generate([], stream=True)) == []
+
+
+def test_stop_strings_end_each_row_for_itself(model: LanguageModel) -> None:
+    free = model.generate(PROMPTS, GREEDY)
+    stop = free[0][3:5]
+    assert stop
+    stopped = model.generate(PROMPTS, GREEDY, stop=[stop, "never"])
+    assert stopped == [text.partition(stop)[0] for text in free]
+    assert model.generate(PROMPTS[0], GREEDY, stop=stop) == free[0].partition(stop)[0]
+
+
+def test_a_row_that_met_its_stop_string_is_given_no_more_tokens(
+    model: LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = model.generate("Once", GREEDY)
+    steps = []
+    inner = model.model.hidden
+    monkeypatch.setattr(model.model, "hidden", lambda *a: (steps.append(1), inner(*a))[1])
+    model.generate("Once", GREEDY)
+    assert len(steps) == 20
+    steps.clear()
+    model.generate("Once", GREEDY, stop=text[:2])
+    assert len(steps) < 10
+
+
+def test_mistakes_are_told_before_a_piece_is_asked_for(model: LanguageModel) -> None:
+    mistakes: list[tuple[Any, dict[str, Any], str]] = [
+        (
+            "x",
+            {"top_n": 3},
+            "unknown setting 'top_n'; did you mean 'top_[kp]'. Known settings: max",
+        ),
+        ("x", {"do_sample": True}, "unknown setting 'do_sample'; did you mean"),
+        ("x", {"temperature": 0}, "temperature must be above 0"),
+        (3, {}, "prompt must be a text or a list of texts, got 3"),
+        (None, {}, "prompt must be a text or a list of texts, got None"),
+        (["x", 3], {}, "the text must be a str, not int"),
+        ("caf\udce9", {}, "a lone surrogate"),
+    ]
+    for prompt, settings, message in mistakes:
+        for stream in (False, True):
+            with pytest.raises(ValueError, match=message):
+                model.generate(prompt, stream=stream, **settings)
+    with pytest.raises(ValueError, match="config must be a SamplingConfig, got 50; .*max_new_toke"):
+        model.generate("x", 50)  # type: ignore[call-overload]
+
+
+def test_special_tokens_in_a_prompt_are_text(model: LanguageModel) -> None:
+    ids = model.prompt_ids("<|endoftext|>x")
+    assert ids.count(model.tokenizer.end_of_text_id) == 1
+    assert model.tokenizer.decode(ids) == "<|endoftext|>x"
+
+
+def test_what_begins_and_ends_a_text_comes_from_the_folder(
+    copied: Path, tokenizer: Tokenizer
+) -> None:
+    end = tokenizer.end_of_text_id
+    model = pyllm.load(copied)
+    assert (model.begin_id, model.stop_ids) == (end, {end})
+    change(copied, "generation_config.json", eos_token_id=[end, 3], bos_token_id=2)
+    model = pyllm.load(copied)
+    assert (model.begin_id, model.stop_ids) == (2, {end, 3})
+    assert model.prompt_ids("x")[0] == 2
+    (copied / "generation_config.json").write_text("{}")
+    change(copied, "config.json", bos_token_id=None, eos_token_id=1)
+    model = pyllm.load(copied)
+    assert (model.begin_id, model.stop_ids) == (None, {1})
+    assert model.prompt_ids("x") == tokenizer.encode("x")
+    with pytest.raises(ValueError, match="prompt is empty, and this model has no token to begin"):
+        model.generate("")
+
+
+def test_settings_of_a_folder_that_are_impossible(copied: Path, tokenizer: Tokenizer) -> None:
+    for bad in (-1, tokenizer.vocab_size, "x", 1.5, True, [2, None]):
+        change(copied, "generation_config.json", eos_token_id=bad)
+        with pytest.raises(
+            ValueError, match="generation_config.json: eos_token_id must be a whole"
+        ):
+            pyllm.load(copied)
+    change(copied, "generation_config.json", eos_token_id=1, bos_token_id=[1])
+    with pytest.raises(ValueError, match="bos_token_id must be a whole number from 0 to"):
+        pyllm.load(copied)
+
+
+def test_a_changed_generation_config_of_a_checkpoint(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder / "best", tmp_path / "model")
+    change(tmp_path / "model", "generation_config.json", eos_token_id=3)
+    with pytest.raises(
+        ValueError, match="generation_config.json: not the file that was saved here"
+    ):
+        pyllm.load(tmp_path / "model")
+
+
+def test_loading(folder: Path, model: LanguageModel) -> None:
+    assert model.folder == folder / "best" and model.config.max_seq_len == 48
+    assert not model.model.training
+    half = pyllm.load(str(folder), device=torch.device("cpu"), dtype=torch.bfloat16)
+    assert half.model.embedding.weight.dtype == torch.bfloat16
+    assert repr(half).endswith("best, 74,432 parameters, bfloat16, cpu)"), repr(half)
+    assert isinstance(half.generate("Once", max_new_tokens=3), str)
+    named = pyllm.load(folder, dtype="float16")
+    assert named.model.embedding.weight.dtype == torch.float16
+    with pytest.raises(ValueError, match="dtype must be one of float32, .* got 'torch.int8'"):
+        pyllm.load(folder, dtype=torch.int8)
+    with pytest.raises(ValueError, match="device must be auto, cpu"):
+        pyllm.load(folder, device="abacus")
+    with pytest.raises(ValueError, match="nowhere: no such folder"):
+        pyllm.load("nowhere")
+
+
+def test_a_tokenizer_smaller_or_larger_than_the_model(tokenizer: Tokenizer) -> None:
+    config = ModelConfig(**SMALL | {"vocab_size": tokenizer.vocab_size + 40})
+    larger = LanguageModel(make_model(config), tokenizer)
+    hot = SamplingConfig(temperature=50.0, top_p=1.0, max_new_tokens=100, seed=0)
+    assert len(larger.generate("Once", hot)) > 50
+    with pytest.raises(ValueError, match="the tokenizer has 2.. tokens and the model 67"):
+        LanguageModel(make_model(ModelConfig(**SMALL)), tokenizer)
+
+
+CHAT = train_bpe(["user\nHello assistant\nA red fox! system\nBe brief."] * 20, 300)
+HELLO = [{"role": "user", "content": "Hello"}]
+
+
+def chat_model(tmp_path: Path, eos: Any = None, end: str = "<|im_end|>") -> LanguageModel:
+    """Answers every message with "A red fox!"."""
+    ids = CHAT.encode("A red fox!")
+    newline = CHAT.encode("\n")
+    model = chain_model(CHAT, ids, *newline, CHAT.token_to_id(end), max_seq_len=128)
+    save_model(tmp_path / "chat", model, CHAT)
+    if eos is not None:
+        (tmp_path / "chat" / "manifest.json").unlink()
+        change(tmp_path / "chat", "generation_config.json", eos_token_id=eos)
+    return pyllm.load(tmp_path / "chat")
+
+
+def test_an_answer_ends_with_its_turn(tmp_path: Path) -> None:
+    model = chat_model(tmp_path, eos=[CHAT.end_of_text_id, CHAT.token_to_id("<|im_end|>")])
+    assert model.tuned_for_chat
+    assert model.chat(HELLO, greedy=True) == "A red fox!"
+    pieces = model.chat(HELLO, greedy=True, stream=True)
+    assert isinstance(pieces, Iterator)
+    told = list(pieces)
+    assert len(told) > 2 and "".join(told) == "A red fox!"
+    assert model.chat(HELLO, greedy=True, stop="x") == "A red fo"
+
+
+@pytest.mark.parametrize("end", ["<|endoftext|>", "<|im_end|>"])
+def test_an_answer_ends_with_the_text_too_and_with_its_turn_in_any_model(
+    tmp_path: Path, end: str
+) -> None:
+    model = chat_model(tmp_path, end=end)
+    session = model.new_session()
+    with pytest.warns(UserWarning, match="was not fine-tuned for chat"):
+        assert model.chat(HELLO, session=session, greedy=True) == "A red fox!"
+    assert CHAT.decode(session.ids[0], skip_special=False).endswith("assistant\nA red fox!")
+
+
+def test_a_conversation_is_not_computed_again(tmp_path: Path) -> None:
+    model = chat_model(tmp_path, eos=CHAT.token_to_id("<|im_end|>"))
+    session = model.new_session()
+    messages = [{"role": "system", "content": "Be brief."}, *HELLO]
+    answer = model.chat(messages, session=session, greedy=True)
+    first = len(model.template.ids(messages))
+    assert session.timing.prefill_tokens == first
+    messages += [{"role": "assistant", "content": answer}, *HELLO]
+    assert model.chat(messages, session=session, greedy=True) == answer
+    # All of the first turn was there: its prompt, and the answer without the end that was drawn.
+    assert session.timing.cached_tokens == first + len(CHAT.encode(answer))
+    assert session.timing.prefill_tokens == len(model.template.ids(messages)) - first - len(
+        CHAT.encode(answer)
+    )
+
+
+def test_a_model_not_tuned_for_chat_says_so(model: LanguageModel) -> None:
+    assert not model.tuned_for_chat
+    with pytest.warns(UserWarning, match="this model was not fine-tuned for chat") as told:
+        model.chat(HELLO, max_new_tokens=2)
+    assert len(told) == 1 and told[0].filename == __file__
+
+
+def test_what_a_chat_refuses(model: LanguageModel, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        long = [{"role": "user", "content": "Hello" * 100}]
+        with pytest.raises(ValueError, match="tokens, and the model looks back on 48; leave out"):
+            model.chat(long, stream=True)
+        with pytest.raises(ValueError, match="unknown setting 'role'"):
+            model.chat(HELLO, role="user")
+        with pytest.raises(ValueError, match="the last message must be the user's"):
+            model.chat([], stream=True)
+    bare = LanguageModel(model.model, tokenizer)
+    with pytest.raises(ValueError, match="needs the template in a model folder; use pyllm.load"):
+        bare.chat(HELLO)
+    # A vocabulary without the template's tokens, such as GPT-2's.
+    plain = train_bpe(["Hello fox"] * 5, 257, ["<|endoftext|>"])
+    config = ModelConfig(**SMALL | {"vocab_size": plain.vocab_size})
+    save_model(tmp_path / "plain", make_model(config), plain)
+    with pytest.raises(ValueError, match="ends an answer with no special token that the tokenizer"):
+        pyllm.load(tmp_path / "plain").chat(HELLO)

@@ -1,0 +1,304 @@
+"""A session computes only what is new, and its rows write what each would alone."""
+
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from pyllm.generate import SamplingConfig, Session, generate_ids, session
+from pyllm.models import ModelConfig, Transformer
+
+from .claimed import claimed
+from .small import SMALL, make_model
+
+CONFIG = ModelConfig(**SMALL)
+GREEDY = SamplingConfig(greedy=True, max_new_tokens=8)
+RAGGED = [[3], [5, 1, 4, 1, 5, 9, 2, 6], [11, 12], [7] * 20, [60, 61, 62]]
+
+
+@pytest.fixture(scope="module")
+def model() -> Transformer:
+    return make_model(CONFIG)
+
+
+def write(
+    one: Session, prompts: list[list[int]], config: SamplingConfig, stops: Any = ()
+) -> list[list[int]]:
+    """The tokens that each row added."""
+    added: list[list[int]] = [[] for _ in prompts]
+    one.begin(prompts, config, stops)
+    while one.running:
+        for row, token in one.step():
+            added[row].append(token)
+    return added
+
+
+def alone(model: Transformer, prompt: list[int], config: SamplingConfig) -> list[int]:
+    return list(generate_ids(model, prompt, config))
+
+
+class Spy:
+    """Records how many tokens of each row the model is given."""
+
+    def __init__(self, model: Transformer, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.runs: list[list[int]] = []
+        inner = session.next_logits
+
+        def spied(model: Any, ids_BT: Any, cache: Any, counts_B: Any = None) -> Any:
+            full = [ids_BT.shape[1]] * ids_BT.shape[0]
+            self.runs.append(full if counts_B is None else counts_B.tolist())
+            return inner(model, ids_BT, cache, counts_B)
+
+        monkeypatch.setattr(session, "next_logits", spied)
+
+
+def test_a_text_that_goes_on_is_not_computed_again(model, monkeypatch):
+    spy = Spy(model, monkeypatch)
+    one = Session(model)
+    first = write(one, [[3, 1, 4]], GREEDY)[0]
+    assert spy.runs == [[3], *[[1]] * 7]
+    assert first == alone(model, [3, 1, 4], GREEDY)
+
+    spy.runs.clear()
+    prompt = [3, 1, 4, *first, 9, 9]  # the last token drawn was never given to the model
+    second = write(one, [prompt], GREEDY)[0]
+    assert spy.runs == [[3], *[[1]] * 7]
+    assert second == alone(model, prompt, GREEDY)
+    assert one.ids == [[*prompt, *second]]
+    assert (one.timing.cached_tokens, one.timing.prefill_tokens) == (10, 3)
+    assert (one.timing.decode_tokens, one.timing.new_tokens) == (7, 8)
+
+
+@pytest.mark.parametrize("shared", [0, 1, 5, 9, 10])
+def test_only_the_beginning_that_both_share_is_kept(model, monkeypatch, shared):
+    prompt = list(range(10, 20))
+    one = Session(model)
+    write(one, [prompt], GREEDY)
+    spy = Spy(model, monkeypatch)
+    other = prompt[:shared] + [50] * 4
+    assert write(one, [other], GREEDY)[0] == alone(model, other, GREEDY)
+    assert spy.runs[0] == [4]
+    assert one.timing.cached_tokens == shared
+
+
+def test_the_same_prompt_again_runs_its_last_token(model, monkeypatch):
+    one = Session(model)
+    first = write(one, [[3, 1, 4]], GREEDY)
+    spy = Spy(model, monkeypatch)
+    assert write(one, [[3, 1, 4]], GREEDY) == first
+    assert spy.runs[0] == [1]
+    assert (one.timing.prefill_tokens, one.timing.decode_tokens) == (1, 7)
+    spy.runs.clear()
+    assert write(one, [[3]], GREEDY)[0] == alone(model, [3], GREEDY)
+    assert spy.runs[0] == [1]
+
+
+def test_many_turns_past_a_full_context(model, monkeypatch):
+    """Each turn goes on where the last one ended; when the context slides, only the kept half and
+    what is new is run, and the text is as if it had been computed from these tokens alone."""
+    one = Session(model)
+    ids = [5]
+    spy = Spy(model, monkeypatch)
+    for turn in range(12):
+        prompt = [*ids, 20 + turn, 21 + turn]
+        before = len(ids)
+        added = write(one, [prompt], GREEDY)[0]
+        seen = list(prompt)
+        for token in added:
+            if len(seen) > 32:
+                seen = seen[-16:]
+            assert token == int(model(torch.tensor([seen])).logits[0, -1].argmax())
+            seen.append(token)
+        ids = one.ids[0]
+        assert ids == seen
+        slid = len(ids) < before + 10
+        assert max(max(run) for run in spy.runs) == (16 if slid else 3 if turn else 3)
+        spy.runs.clear()
+
+
+@pytest.mark.parametrize("name", ["greedy", "sampled", "penalised"])
+def test_rows_write_what_each_would_alone(model, name):
+    config = {
+        "greedy": replace(GREEDY, max_new_tokens=40),
+        "sampled": SamplingConfig(seed=5, temperature=1.5, max_new_tokens=40),
+        "penalised": SamplingConfig(
+            seed=9, temperature=1.5, repetition_penalty=1.8, min_p=0.05, max_new_tokens=40
+        ),
+    }[name]
+    together = write(Session(model, len(RAGGED)), RAGGED, config)
+    for row, prompt in enumerate(RAGGED):
+        seed = None if config.seed is None else config.seed + row
+        assert together[row] == alone(model, prompt, replace(config, seed=seed))
+        assert len(together[row]) == 40
+    assert len({tuple(row) for row in together}) == len(RAGGED)
+
+
+def test_equal_prompts_with_a_seed_each_give_different_texts(model):
+    config = SamplingConfig(seed=5, temperature=1.5, max_new_tokens=12)
+    together = write(Session(model, 3), [[4, 4]] * 3, config)
+    assert len({tuple(row) for row in together}) == 3
+    unseeded = replace(config, seed=None)
+    assert len({tuple(row) for row in write(Session(model, 3), [[4, 4]] * 3, unseeded)}) == 3
+
+
+def test_a_row_that_ends_leaves_the_others_alone(model, monkeypatch):
+    long = replace(GREEDY, max_new_tokens=12)
+    free = write(Session(model, 3), RAGGED[:3], long)
+    stop = free[1][4]
+    cut = [row[: row.index(stop)] if stop in row else row for row in free]
+    assert len({len(row) for row in cut}) > 1
+    spy = Spy(model, monkeypatch)
+    one = Session(model, 3)
+    assert write(one, RAGGED[:3], long, {stop}) == cut
+    assert one.ids == [prompt + row for prompt, row in zip(RAGGED, cut, strict=False)]
+    # A row that has ended is given no more tokens.
+    for row, tokens in enumerate(cut):
+        steps = len(tokens) + (len(tokens) < 12)
+        assert [run[row] for run in spy.runs][steps:] == [0] * (len(spy.runs) - steps)
+
+
+def test_end_takes_a_row_out(model):
+    one = Session(model, 2)
+    one.begin([[3], [4]], GREEDY)
+    assert [row for row, _ in one.step()] == [0, 1] and one.running == [0, 1]
+    one.end(0)
+    assert [row for row, _ in one.step()] == [1]
+    one.end(1)
+    one.end(1)
+    assert one.running == []
+
+
+def test_rows_go_on_each_from_its_own_cache(model, monkeypatch):
+    one = Session(model, 3)
+    first = write(one, RAGGED[:3], GREEDY)
+    spy = Spy(model, monkeypatch)
+    prompts = [
+        [*RAGGED[0], *first[0], 8],  # goes on
+        [*RAGGED[1][:3], 33, 34],  # turns off after three tokens
+        [40, 41, 42, 43],  # another
+    ]
+    second = write(one, prompts, GREEDY)
+    assert spy.runs[0] == [2, 2, 4]
+    for prompt, added in zip(prompts, second, strict=True):
+        assert added == alone(model, prompt, GREEDY)
+
+
+class Interrupting:
+    """Raises KeyboardInterrupt at the n-th call of a method of the model or the cache."""
+
+    def __init__(self, inner: Any, after: int) -> None:
+        self.inner, self.left = inner, after
+
+    def __call__(self, *arguments: Any, **more: Any) -> Any:
+        self.left -= 1
+        if self.left < 0:
+            raise KeyboardInterrupt
+        return self.inner(*arguments, **more)
+
+
+@pytest.mark.parametrize("after", range(0, 40, 3))
+@pytest.mark.parametrize("place", ["block", "draw", "truncate"])
+def test_an_interruption_anywhere_leaves_a_session_that_goes_on(model, monkeypatch, after, place):
+    one = Session(model)
+    write(one, [[3, 1, 4]], GREEDY)
+    long = replace(GREEDY, max_new_tokens=40)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        if place == "block":
+            middle = model.blocks[1]
+            patch.setattr(middle, "forward", Interrupting(middle.forward, after))
+        elif place == "draw":
+            patch.setattr(session, "sample_token", Interrupting(session.sample_token, after))
+        else:
+            patch.setattr(one.cache, "truncate", Interrupting(one.cache.truncate, after % 2))
+        write(one, [[3, 1, 9, 9, 9, 9] if place == "truncate" else [*one.ids[0], 9]], long)
+        raise KeyboardInterrupt  # it was over before
+    ids = one.ids[0]
+    # Draws of a hot model differ where any number of it does.
+    hot = SamplingConfig(seed=1, temperature=3.0, top_p=1.0, max_new_tokens=30)
+    assert write(one, [[*ids, 8]], hot)[0] == alone(model, [*ids, 8], hot)
+    assert write(one, [[3, 1, 5]], hot)[0] == alone(model, [3, 1, 5], hot)
+
+
+def test_the_penalty_is_for_all_tokens_of_the_text(model):
+    """Of the prompt and of the continuation, also of what a full context has forgotten."""
+    config = replace(GREEDY, repetition_penalty=3.0, max_new_tokens=40)
+    prompt = [60, 3, 17]
+    seen = list(prompt)
+    told = set(prompt)
+    for token in write(Session(model), [prompt], config)[0]:
+        if len(seen) > 32:
+            seen = seen[-16:]
+        logits = model(torch.tensor([seen])).logits[0, -1].tolist()
+        assert token == claimed(logits, config, told).index(1.0)
+        seen.append(token)
+        told.add(token)
+    assert len(told) > 20
+    free = write(Session(model), [prompt], replace(config, repetition_penalty=1.0))[0]
+    assert len({*prompt, *free}) < len(told)
+
+
+def test_a_context_smaller_than_the_models(model, monkeypatch):
+    one = Session(model, context=8)
+    spy = Spy(model, monkeypatch)
+    prompt = [1, 2, 3, 4, 5]
+    seen = list(prompt)
+    for token in write(one, [prompt], replace(GREEDY, max_new_tokens=20))[0]:
+        if len(seen) > 8:
+            seen = seen[-4:]
+        assert token == int(model(torch.tensor([seen])).logits[0, -1].argmax())
+        seen.append(token)
+    assert spy.runs[:5] == [[5], [1], [1], [1], [4]]
+    assert Session(model, context=10**6).context == 32
+
+
+def test_words_the_tokenizer_has_not_are_never_drawn(model):
+    one = Session(model, n_words=10)
+    hot = SamplingConfig(temperature=50.0, top_p=1.0, max_new_tokens=200, repetition_penalty=1.1)
+    added = write(one, [[66, 3]], hot)[0]
+    assert set(added) == set(range(10))
+
+
+def test_times_are_counted_apart(model, monkeypatch):
+    clock = iter(range(100))
+    monkeypatch.setattr(session, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    one = Session(model, 2)
+    write(one, [[3, 1, 4], [5]], GREEDY)
+    timing = one.timing
+    assert (timing.prefill_tokens, timing.prefill_seconds) == (4, 1)
+    assert (timing.decode_tokens, timing.decode_seconds) == (14, 7)
+    assert str(timing) == (
+        "16 new tokens; prefill 4 tokens (0 more were in the cache) in 1.000 s, 4.0 tokens/s; "
+        "decode 14 tokens in 7.000 s, 2.0 tokens/s"
+    )
+    # A context that slides is a prefill again: the second row's at once, then the first one's.
+    one = Session(model, 2)
+    write(one, [[3] * 30, [5] * 32], GREEDY)
+    assert one.timing.prefill_tokens == (30 + 32) + (1 + 16) + (16 + 1)
+    assert one.timing.prefill_seconds == 3
+    assert str(session.Timing()).count("0.0 tokens/s") == 2
+
+
+def test_impossible_sessions_are_value_errors(model):
+    with pytest.raises(ValueError, match="context must be a whole number of at least 1, got 0"):
+        Session(model, context=0)
+    with pytest.raises(ValueError, match="batch must be .* got 0"):
+        Session(model, 0)
+    with pytest.raises(ValueError, match="expected 2 prompts, one a row, got 1"):
+        Session(model, 2).begin([[1]], GREEDY)
+    with pytest.raises(ValueError, match="prompt: expected at least one token"):
+        Session(model).begin([[]], GREEDY)
+    with pytest.raises(ValueError, match="prompt: token 67 is not in the model's vocabulary"):
+        Session(model).begin([[67]], GREEDY)
+
+
+def test_a_prompt_that_is_refused_leaves_the_session_as_it_was(model):
+    one = Session(model)
+    write(one, [[3, 1, 4]], GREEDY)
+    ids = list(one.ids[0])
+    with pytest.raises(ValueError, match="vocabulary"):
+        one.begin([[3, 1, 99]], GREEDY)
+    assert one.ids == [ids]
+    assert write(one, [[*ids, 8]], GREEDY)[0] == alone(model, [*ids, 8], GREEDY)
+    assert one.timing.cached_tokens == len(ids) - 1
