@@ -73,14 +73,13 @@ def check_written(op: str, written: dict[str, Tensor], read: dict[str, Tensor]) 
                 f"{op}: {name} is written to and must be contiguous, got strides "
                 f"{tensor.stride()} for shape {tuple(tensor.shape)}"
             )
+    if torch.compiler.is_compiling():
+        return
     extents = {n: _extent(t) for n, t in {**written, **read}.items() if _has_memory(t)}
-    names = list(extents)
-    for place, name in enumerate(names):
-        if name not in written:
-            break
-        for other in names[place + 1 :]:
-            (begin, end), (other_begin, other_end) = extents[name], extents[other]
-            if begin < other_end and other_begin < end:
+    for name in written:
+        begin, end = extents.get(name, (0, 0))
+        for other, (other_begin, other_end) in extents.items():
+            if other != name and begin < other_end and other_begin < end:
                 raise ValueError(
                     f"{op}: {name} is written to and must share no memory with another input, got "
                     f"{other} in the same place; clone it"
@@ -88,12 +87,15 @@ def check_written(op: str, written: dict[str, Tensor], read: dict[str, Tensor]) 
 
 
 def _has_memory(tensor: Tensor) -> bool:
-    real = type(tensor) is Tensor and not torch.compiler.is_compiling()
-    return real and tensor.device.type != "meta" and tensor.numel() > 0
+    return type(tensor) is Tensor and not tensor.is_meta and tensor.numel() > 0
 
 
 def _extent(tensor: Tensor) -> tuple[int, int]:
     """The addresses a tensor lies between; what lies between its elements counts as its own."""
-    last = sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
     begin = tensor.data_ptr()
+    if tensor.is_contiguous():
+        return begin, begin + tensor.nbytes
+    last = 0
+    for size, step in zip(tensor.shape, tensor.stride(), strict=True):
+        last += (size - 1) * step
     return begin, begin + (last + 1) * tensor.itemsize
