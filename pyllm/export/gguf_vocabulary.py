@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from pyllm._checks import shown
 from pyllm.tokenizers import Tokenizer
+from pyllm.tokenizers.byte_level import BYTE_CHARACTERS
 from pyllm.tokenizers.lossless import SPLITS
 
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5
@@ -126,14 +127,5 @@ def _numerals() -> tuple[frozenset[str], frozenset[str]]:
 
 
 def spell(text: str) -> str:
-    """Bytes as the characters that stand for them (GPT-2's ``bytes_to_unicode``)."""
-    return "".join(_byte_characters()[byte] for byte in text.encode())
-
-
-@cache
-def _byte_characters() -> list[str]:
-    shown_as_is = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    hidden = [byte for byte in range(0x100) if byte not in shown_as_is]
-    return [
-        chr(byte if byte in shown_as_is else 0x100 + hidden.index(byte)) for byte in range(0x100)
-    ]
+    """UTF-8 in the characters that stand for bytes."""
+    return "".join(BYTE_CHARACTERS[byte] for byte in text.encode())

@@ -16,7 +16,7 @@ from tokenizers import Tokenizer as Backend
 from pyllm.export import write_gguf
 from pyllm.generate import SamplingConfig, generate_ids, generate_text
 from pyllm.models import Transformer
-from pyllm.tokenizers import Tokenizer, train_bpe
+from pyllm.tokenizers import Tokenizer, byte_tokenizer, train_bpe, train_characters
 from pyllm.tokenizers.lossless import SPLITS
 
 from .conftest import TEXTS, VARIANTS, lively, small
@@ -36,6 +36,15 @@ def opened(path: Path, **settings: object):
     )
 
 
+def talkative(model: Transformer) -> Transformer:
+    """Blocks that outweigh the embedding: a random model else repeats its last token for ever."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith(("out_proj.weight", "w_out")):
+                parameter.mul_(8)
+    return model
+
+
 def greedy(llama, ids: list[int]) -> list[int]:
     """The most likely token, a hundred times."""
     new: list[int] = []
@@ -49,16 +58,16 @@ def greedy(llama, ids: list[int]) -> list[int]:
 
 @pytest.mark.parametrize("variant", WITHOUT_WINDOW)
 def test_llama_cpp_writes_what_pyllm_writes(tokenizer, tmp_path, variant):
-    model = lively(small(tokenizer, max_seq_len=128, **VARIANTS[variant]))
+    model = talkative(lively(small(tokenizer, max_seq_len=128, **VARIANTS[variant])))
     write_gguf(tmp_path / "m.gguf", model, tokenizer)
     llama = opened(tmp_path / "m.gguf", logits_all=True)
     prompt = "Once there was a fox"
     ids = llama.tokenize(prompt.encode())
     assert ids == [tokenizer.end_of_text_id, *tokenizer.encode(prompt)]
 
-    settings = SamplingConfig(max_new_tokens=N_TOKENS, temperature=0.0)
+    settings = SamplingConfig(max_new_tokens=N_TOKENS, greedy=True)
     ours = list(generate_ids(model, ids, settings))
-    assert len(ours) == N_TOKENS and len(set(ours)) > 5
+    assert len(ours) == N_TOKENS and len(set(ours)) > 10
     assert greedy(llama, ids) == ours
     with torch.inference_mode():
         logits = model(torch.tensor([ids + ours])).logits[0].numpy()
@@ -69,13 +78,17 @@ def test_llama_cpp_writes_what_pyllm_writes(tokenizer, tmp_path, variant):
     # The same through its ordinary door, which knows of tokens only what the file says.
     answer = llama(prompt, max_tokens=N_TOKENS, temperature=0.0, top_k=1, repeat_penalty=1.0)
     text = generate_text(model, tokenizer, prompt, settings)
-    assert answer["choices"][0]["text"] == text
+    # Bytes that are not UTF-8, as a random model emits them, are left out there.
+    assert answer["choices"][0]["text"] == text.replace("\ufffd", "")
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "q8_0"])
 def test_narrow_files_are_near(tokenizer, tmp_path, dtype):
-    """Within some roundings: 2^-11, 2^-8 and half of 1/127 of the largest of 32 weights."""
-    model = lively(small(tokenizer, moe_every=1))
+    """Within some roundings: 2^-11, 2^-8 and half of 1/127 of the largest of 32 weights.
+
+    A dense model: where two experts are nearly as good, a rounding takes the other one.
+    """
+    model = lively(small(tokenizer))
     write_gguf(tmp_path / "m.gguf", model, tokenizer, dtype)
     llama = opened(tmp_path / "m.gguf", logits_all=True)
     ids = [tokenizer.end_of_text_id, *tokenizer.encode("Once there was a fox")]
@@ -86,8 +99,13 @@ def test_narrow_files_are_near(tokenizer, tmp_path, dtype):
     assert 1e-6 < wrong < {"float16": 0.01, "bfloat16": 0.05, "q8_0": 0.05}[dtype]
 
 
-def with_cut(tokenizer: Tokenizer, split: object) -> Tokenizer:
-    return Tokenizer(Backend.from_str(json.dumps(tokenizer.content | {"pre_tokenizer": split})))
+def with_cut(tokenizer: Tokenizer, split: object, merges: list[list[str]]) -> Tokenizer:
+    """With merges that tell one cut from another: of a space and a digit."""
+    content = tokenizer.content | {"pre_tokenizer": split}
+    content["model"]["merges"] += merges
+    vocab = content["model"]["vocab"]
+    vocab |= {left + right: len(vocab) + number for number, (left, right) in enumerate(merges)}
+    return Tokenizer(Backend.from_str(json.dumps(content)))
 
 
 def cut(name: str) -> dict[str, object]:
@@ -116,7 +134,7 @@ DIGITS = {
 CUTS = {name: cut(name) for name in SPLITS} | {"digits": DIGITS, "ByteLevel": byte_level(True)}
 
 
-@pytest.mark.parametrize("name", [*CUTS, "GPT-2's own", "bytes"])
+@pytest.mark.parametrize("name", [*CUTS, "GPT-2's own", "bytes", "characters"])
 def test_llama_cpp_cuts_texts_as_the_tokenizer_does(shared_data, tmp_path, name):
     """Line by line, the torture files and a text with as many numbers as words."""
     folder = shared_data / "tokenizer"
@@ -130,10 +148,11 @@ def test_llama_cpp_cuts_texts_as_the_tokenizer_does(shared_data, tmp_path, name)
     if name == "GPT-2's own":
         tokenizer = Tokenizer.from_gpt2(folder / "gpt2_vocab.bpe", folder / "gpt2_encoder.json")
     elif name == "bytes":
-        tokenizer = train_bpe(["a"], 260)
+        tokenizer = byte_tokenizer()
+    elif name == "characters":
+        tokenizer = train_characters(lines, 600)
     else:
-        texts = [*TEXTS, *lines] if name != "pyllm" else TEXTS
-        tokenizer = with_cut(train_bpe(texts, 600), CUTS[name])
+        tokenizer = with_cut(train_bpe(TEXTS, 300), CUTS[name], [["\u0120", "1"], ["\u0120", "3"]])
     config = small(tokenizer, n_layers=1, d_model=8, n_heads=2, d_ff=8)
     write_gguf(tmp_path / "m.gguf", Transformer(config), tokenizer)
     llama = opened(tmp_path / "m.gguf", vocab_only=True)
