@@ -42,7 +42,7 @@ class Config(SamplingConfig):
     """With --chat: what the model is told before all messages."""
     context: int | None = None
     """Most tokens to look back on, at most the model's context; by default that, and 8,192 of a
-    larger one. The cache takes memory in proportion."""
+    larger one. The cache takes memory in proportion, unless the model has a window."""
     stats: bool = False
     """Print tokens, seconds and tokens per second after each text: those of the prompt (prefill)
     and those that were written (decode)."""

@@ -41,7 +41,7 @@ class LanguageModel:
             conversation is written; without it, end-of-text does both, and there is no chat.
 
     Attributes:
-        begin_id: the token that a text begins with, or None.
+        begin_ids: what the model is given before every prompt.
         stop_ids: the tokens that end a text.
 
     Raises:
@@ -56,7 +56,7 @@ class LanguageModel:
         self.model = model
         self.tokenizer = tokenizer
         self.folder = None if folder is None else Path(folder)
-        self.begin_id: int | None = tokenizer.end_of_text_id
+        self.begin_ids: list[int] = [tokenizer.end_of_text_id]
         self.stop_ids: frozenset[int] = frozenset([tokenizer.end_of_text_id])
         if self.folder is not None:
             self._read_ends(readable_folder(self.folder))
@@ -150,8 +150,8 @@ class LanguageModel:
             A str, or a list of one for each prompt; with ``stream``, an iterator.
 
         Raises:
-            ValueError: an unknown or impossible setting, a prompt that is no text, an empty one
-                where no token begins a text, a batch that the machine's memory has no room for.
+            ValueError: an unknown or impossible setting, a prompt that is no text, a batch that
+                the machine's memory has no room for.
         """
         config = _settings(config, settings)
         prompts = [prompt] if isinstance(prompt, str) else prompt
@@ -242,16 +242,13 @@ class LanguageModel:
         return Session(self.model, 1, context, self.tokenizer.vocab_size)
 
     def prompt_ids(self, prompt: str) -> list[int]:
-        """The tokens that the model is given for a prompt: the one that begins a text, then its.
+        """The tokens that the model is given for a prompt: those that begin a text, then its own.
 
         Raises:
-            ValueError: not a text, or an empty one where no token begins a text.
+            ValueError: not a text.
         """
-        begin = [] if self.begin_id is None else [self.begin_id]
-        ids = begin + self.tokenizer.encode(prompt)
-        if not ids:
-            raise ValueError("the prompt is empty, and this model has no token to begin with")
-        return ids
+        ids = [*self.begin_ids, *self.tokenizer.encode(prompt)]
+        return ids or [self.tokenizer.end_of_text_id]
 
     @cached_property
     def template(self) -> ChatTemplate:
@@ -273,29 +270,20 @@ class LanguageModel:
         return self.template.end_id in self.stop_ids
 
     def _read_ends(self, folder: Path) -> None:
-        """Which tokens begin and end a text, from the folder's settings."""
-        names = ["config.json", "generation_config.json"]  # the second one has the last word
-        settings: dict[str, Any] = {}
-        for path in (folder / name for name in names):
+        """Which tokens begin and end a text, from the folder's files."""
+        if read_json(folder / "config.json").get("model_type") != "pyllm":
+            # pyllm's tokenizer.json does not say what its models are trained to begin with.
+            self.begin_ids = self.tokenizer.prefix_ids
+        for name in ("generation_config.json", "config.json"):
+            path = folder / name
             if path.exists():
-                check_manifest(folder, [path.name])
-                found = read_json(path)
-                settings |= {
-                    key: (path, found[key])
-                    for key in ("bos_token_id", "eos_token_id")
-                    if key in found
-                }
-        if "bos_token_id" in settings:
-            path, begin = settings["bos_token_id"]
-            self.begin_id = None if begin is None else self._checked_id(path, "bos", begin)
-        if "eos_token_id" in settings:
-            path, stop = settings["eos_token_id"]
-            stops = stop if isinstance(stop, list) else [] if stop is None else [stop]
-            self.stop_ids = frozenset(self._checked_id(path, "eos", one) for one in stops)
-
-    def _checked_id(self, path: Path, name: str, token: Any) -> int:
-        most = self.tokenizer.vocab_size - 1
-        return check_size(f"{path}: {name}_token_id", token, 0, most)
+                check_manifest(folder, [name])
+                stop = read_json(path).get("eos_token_id")
+                if stop is not None:
+                    what, most = f"{path}: eos_token_id", self.tokenizer.vocab_size - 1
+                    stops = stop if isinstance(stop, list) else [stop]
+                    self.stop_ids = frozenset(check_size(what, one, 0, most) for one in stops)
+                    return
 
 
 def _settings(config: SamplingConfig | None, settings: dict[str, Any]) -> SamplingConfig:

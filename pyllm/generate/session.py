@@ -67,7 +67,7 @@ class Session:
         model: where it is, is where this runs.
         rows: texts side by side.
         context: most tokens of a row to look back on, at most the model's; by default that, and
-            8,192 of a larger one. Memory is taken for all of them.
+            8,192 of a larger one. Memory is taken for all of them, unless the model has a window.
         n_words: draw only the first so many ids, where the tokenizer has fewer than the model.
 
     Attributes:
@@ -85,9 +85,13 @@ class Session:
         context: int | None = None,
         n_words: int | None = None,
     ) -> None:
-        wanted = USUAL_CONTEXT if context is None else check_size("context", context, 1)
+        longest = model.config.max_seq_len
+        if context is not None:
+            wanted = check_size("context", context, 1)
+        else:  # the cache of a model with a window rolls, and takes the same memory for any length
+            wanted = USUAL_CONTEXT if model.config.window is None else longest
         self.model = model
-        self.context = min(wanted, model.config.max_seq_len)
+        self.context = min(wanted, longest)
         self.n_words = model.config.vocab_size if n_words is None else n_words
         self.cache: KVCache = model.new_cache(rows, self.context)
         self.ids: list[list[int]] = [[] for _ in range(rows)]
@@ -125,9 +129,11 @@ class Session:
             raise ValueError(f"expected {len(self.ids)} prompts, one a row, got {len(prompts)}")
         checked = [checked_ids("prompt", self.model, prompt) for prompt in prompts]
         self._left = {}
-        # In this order, so that an interruption never leaves a cache that knows more than the ids.
         shared = [self._shared(row, prompt) for row, prompt in enumerate(checked)]
-        self._truncate(shared)
+        # A rolling cache cannot always go back, nor go on after an interrupted step.
+        shared = self.cache.within_reach(shared)
+        # In this order, so that an interruption never leaves a cache that knows more than the ids.
+        self.cache.truncate(shared)
         self.ids = checked
         self._config, self._stop_ids = config, frozenset(stop_ids)
         self._generators = [torch.Generator() for _ in checked]
@@ -191,12 +197,9 @@ class Session:
         if len(self.ids[row]) > self.context:
             lengths = self.cache.lengths.tolist()
             lengths[row] = 0
-            self._truncate(lengths)
+            self.cache.truncate(lengths)
             self.ids[row] = self.ids[row][-max(self.context // 2, 1) :]
         return self.ids[row][int(self.cache.lengths[row]) :]
-
-    def _truncate(self, lengths: list[int]) -> None:
-        self.cache.truncate(torch.tensor(lengths, dtype=torch.int32))
 
     def _logits(self, new: dict[int, list[int]]) -> Tensor:
         """Run new tokens of some rows, and return the logits (R, V) of what follows in these."""
@@ -205,10 +208,8 @@ class Session:
         padded = [[*new.get(row, ()), *[0] * (longest - count)] for row, count in enumerate(counts)]
         device = self.model.embedding.weight.device
         ids_BT = torch.tensor(padded, device=device)
-        counts_B = None
-        if min(counts) < longest:
-            counts_B = torch.tensor(counts, dtype=torch.int32)
-        logits_BV = next_logits(self.model, ids_BT, self.cache, counts_B)
+        real = counts if min(counts) < longest else None
+        logits_BV = next_logits(self.model, ids_BT, self.cache, real)
         return logits_BV[list(new), : self.n_words]
 
     def _count(self, n_tokens: int, n_rows: int, seconds: float) -> None:
@@ -224,7 +225,7 @@ class Session:
 
 
 def next_logits(
-    model: Transformer, ids_BT: Tensor, cache: KVCache, counts_B: Tensor | None = None
+    model: Transformer, ids_BT: Tensor, cache: KVCache, counts: Sequence[int] | None = None
 ) -> Tensor:
     """Run T new tokens and return the logits (B, V) of what follows the last of them.
 
@@ -235,15 +236,14 @@ def next_logits(
         model: the transformer.
         ids_BT: (B, T) int64.
         cache: appended to.
-        counts_B: (B,) int32, how many of a row's tokens are real; by default all. The logits of a
-            row without any mean nothing.
+        counts: how many tokens of each row are real, the others being padding on the right; by
+            default all. The logits of a row without any mean nothing.
     """
-    x_BTD, _ = model.hidden(ids_BT, cache, counts_B)
-    if counts_B is None:
+    x_BTD, _ = model.hidden(ids_BT, cache, counts)
+    if counts is None:
         return F.linear(x_BTD[:, -1], model.output_weight)
-    last_B = counts_B.to(x_BTD.device, torch.int64) - 1
-    rows_B = torch.arange(len(last_B), device=x_BTD.device)
-    return F.linear(x_BTD[rows_B, last_B], model.output_weight)
+    last = [count - 1 for count in counts]
+    return F.linear(x_BTD[list(range(len(last))), last], model.output_weight)
 
 
 def checked_ids(name: str, model: Transformer, ids: Sequence[int]) -> list[int]:

@@ -88,6 +88,17 @@ class Tokenizer:
         return self.token_to_id(PAD)
 
     @cached_property
+    def prefix_ids(self) -> list[int]:
+        """Ids that tokenizer.json puts before a text when it is asked for special tokens.
+
+        Files of Hugging Face say so where a model was trained with them (Llama 3's
+        `<|begin_of_text|>`); pyllm's own say nothing.
+        """
+        first = self.encode("x")[0]
+        ids = self._backend.encode("x", add_special_tokens=True).ids
+        return list(ids[: ids.index(first)]) if first in ids else []
+
+    @cached_property
     def special_tokens(self) -> dict[str, int]:
         """Special tokens and their ids."""
         added = self._backend.get_added_tokens_decoder()

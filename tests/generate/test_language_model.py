@@ -12,7 +12,8 @@ import pytest
 import torch
 
 import pyllm
-from pyllm.generate import LanguageModel, SamplingConfig, generate_text
+from pyllm.export import write_hugging_face
+from pyllm.generate import LanguageModel, SamplingConfig, generate_ids, generate_text
 from pyllm.models import ModelConfig, save_model
 from pyllm.tokenizers import Tokenizer, train_bpe
 
@@ -137,23 +138,35 @@ def test_special_tokens_in_a_prompt_are_text(model: LanguageModel) -> None:
     assert model.tokenizer.decode(ids) == "<|endoftext|>x"
 
 
-def test_what_begins_and_ends_a_text_comes_from_the_folder(
-    copied: Path, tokenizer: Tokenizer
-) -> None:
+def test_what_ends_a_text_comes_from_the_folder(copied: Path, tokenizer: Tokenizer) -> None:
     end = tokenizer.end_of_text_id
-    model = pyllm.load(copied)
-    assert (model.begin_id, model.stop_ids) == (end, {end})
-    change(copied, "generation_config.json", eos_token_id=[end, 3], bos_token_id=2)
-    model = pyllm.load(copied)
-    assert (model.begin_id, model.stop_ids) == (2, {end, 3})
-    assert model.prompt_ids("x")[0] == 2
+    assert pyllm.load(copied).stop_ids == {end}
+    change(copied, "generation_config.json", eos_token_id=[end, 3])
+    assert pyllm.load(copied).stop_ids == {end, 3}
     (copied / "generation_config.json").write_text("{}")
-    change(copied, "config.json", bos_token_id=None, eos_token_id=1)
-    model = pyllm.load(copied)
-    assert (model.begin_id, model.stop_ids) == (None, {1})
-    assert model.prompt_ids("x") == tokenizer.encode("x")
-    with pytest.raises(ValueError, match="prompt is empty, and this model has no token to begin"):
-        model.generate("")
+    change(copied, "config.json", eos_token_id=1)
+    assert pyllm.load(copied).stop_ids == {1}
+    (copied / "generation_config.json").unlink()
+    change(copied, "config.json", eos_token_id=None)
+    assert pyllm.load(copied).stop_ids == {end}
+
+
+def test_a_text_of_a_hugging_face_model_begins_as_its_tokenizer_says(
+    model: LanguageModel, tmp_path: Path
+) -> None:
+    theirs, end = tmp_path / "theirs", model.tokenizer.end_of_text_id
+    write_hugging_face(theirs, model.model, model.tokenizer)
+    exported = pyllm.load(theirs)
+    assert exported.begin_ids == model.begin_ids == [end]
+    assert exported.generate(PROMPTS, GREEDY) == model.generate(PROMPTS, GREEDY)
+    (theirs / "manifest.json").unlink()
+    model.tokenizer.save(theirs)  # which puts nothing before a text
+    bare = pyllm.load(theirs)
+    assert bare.begin_ids == []
+    assert bare.prompt_ids("Once") == model.tokenizer.encode("Once")
+    assert bare.prompt_ids("") == [end]
+    expected = list(generate_ids(model.model, model.tokenizer.encode("Once"), GREEDY))
+    assert bare.generate("Once", GREEDY) == model.tokenizer.decode(expected)
 
 
 def test_settings_of_a_folder_that_are_impossible(copied: Path, tokenizer: Tokenizer) -> None:
@@ -163,9 +176,6 @@ def test_settings_of_a_folder_that_are_impossible(copied: Path, tokenizer: Token
             ValueError, match="generation_config.json: eos_token_id must be a whole"
         ):
             pyllm.load(copied)
-    change(copied, "generation_config.json", eos_token_id=1, bos_token_id=[1])
-    with pytest.raises(ValueError, match="bos_token_id must be a whole number from 0 to"):
-        pyllm.load(copied)
 
 
 def test_a_changed_generation_config_of_a_checkpoint(folder: Path, tmp_path: Path) -> None:

@@ -18,9 +18,13 @@ GREEDY = SamplingConfig(greedy=True, max_new_tokens=8)
 RAGGED = [[3], [5, 1, 4, 1, 5, 9, 2, 6], [11, 12], [7] * 20, [60, 61, 62]]
 
 
-@pytest.fixture(scope="module")
-def model() -> Transformer:
-    return make_model(CONFIG)
+ROLLING = replace(CONFIG, window=5, attention_sinks=2)
+
+
+@pytest.fixture(scope="module", params=[CONFIG, ROLLING], ids=["contiguous", "rolling"])
+def model(request: pytest.FixtureRequest) -> Transformer:
+    """Whose cache rolls has 22 slots for its 32 positions."""
+    return make_model(request.param)
 
 
 def write(
@@ -46,10 +50,9 @@ class Spy:
         self.runs: list[list[int]] = []
         inner = session.next_logits
 
-        def spied(model: Any, ids_BT: Any, cache: Any, counts_B: Any = None) -> Any:
-            full = [ids_BT.shape[1]] * ids_BT.shape[0]
-            self.runs.append(full if counts_B is None else counts_B.tolist())
-            return inner(model, ids_BT, cache, counts_B)
+        def spied(model: Any, ids_BT: Any, cache: Any, counts: Any = None) -> Any:
+            self.runs.append([ids_BT.shape[1]] * ids_BT.shape[0] if counts is None else counts)
+            return inner(model, ids_BT, cache, counts)
 
         monkeypatch.setattr(session, "next_logits", spied)
 
@@ -185,6 +188,20 @@ def test_rows_go_on_each_from_its_own_cache(model, monkeypatch):
         assert added == alone(model, prompt, GREEDY)
 
 
+@pytest.mark.parametrize("back", [0, 3, 12, 20, 40])
+def test_a_rolling_cache_goes_back_as_far_as_it_can(monkeypatch, back):
+    """Beyond that, the text is run again: what was written over is never read."""
+    model = make_model(replace(ROLLING, max_seq_len=128))
+    one = Session(model)
+    write(one, [[3, 1, 4]], replace(GREEDY, max_new_tokens=60))
+    assert one.cache.rolling
+    spy = Spy(model, monkeypatch)
+    prompt = [*one.ids[0][: 62 - back], 9, 9]
+    assert write(one, [prompt], GREEDY)[0] == alone(model, prompt, GREEDY)
+    assert one.timing.cached_tokens in ((0,) if back >= 20 else (62 - back,))
+    assert spy.runs[0] == [len(prompt) - one.timing.cached_tokens]
+
+
 class Interrupting:
     """Raises KeyboardInterrupt at the n-th call of a method of the model or the cache."""
 
@@ -198,25 +215,26 @@ class Interrupting:
         return self.inner(*arguments, **more)
 
 
-@pytest.mark.parametrize("after", range(0, 40, 3))
-@pytest.mark.parametrize("place", ["block", "draw", "truncate"])
+@pytest.mark.parametrize("after", [0, 1, 4, 13, 30])
+@pytest.mark.parametrize("place", ["prompt", "block", "draw", "truncate"])
 def test_an_interruption_anywhere_leaves_a_session_that_goes_on(model, monkeypatch, after, place):
     one = Session(model)
     write(one, [[3, 1, 4]], GREEDY)
     long = replace(GREEDY, max_new_tokens=40)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        if place == "block":
+        if place in ("prompt", "block"):
             middle = model.blocks[1]
             patch.setattr(middle, "forward", Interrupting(middle.forward, after))
         elif place == "draw":
             patch.setattr(session, "sample_token", Interrupting(session.sample_token, after))
         else:
             patch.setattr(one.cache, "truncate", Interrupting(one.cache.truncate, after % 2))
-        write(one, [[3, 1, 9, 9, 9, 9] if place == "truncate" else [*one.ids[0], 9]], long)
+        new = {"prompt": [9] * 20, "truncate": [3, 1, 9, 9, 9, 9]}.get(place, [*one.ids[0], 9])
+        write(one, [new], long)
         raise KeyboardInterrupt  # it was over before
     ids = one.ids[0]
     # Draws of a hot model differ where any number of it does.
-    hot = SamplingConfig(seed=1, temperature=3.0, top_p=1.0, max_new_tokens=30)
+    hot = SamplingConfig(seed=1, temperature=3.0, top_p=1.0, max_new_tokens=15)
     assert write(one, [[*ids, 8]], hot)[0] == alone(model, [*ids, 8], hot)
     assert write(one, [[3, 1, 5]], hot)[0] == alone(model, [3, 1, 5], hot)
 
@@ -250,7 +268,13 @@ def test_a_context_smaller_than_the_models(model, monkeypatch):
         assert token == int(model(torch.tensor([seen])).logits[0, -1].argmax())
         seen.append(token)
     assert spy.runs[:5] == [[5], [1], [1], [1], [4]]
-    assert Session(model, context=10**6).context == 32
+    assert Session(model, context=10**6).context == Session(model).context == 32
+
+
+def test_the_usual_context_of_a_model_with_a_large_one(monkeypatch):
+    monkeypatch.setattr(session, "USUAL_CONTEXT", 20)
+    assert Session(make_model(CONFIG)).context == 20
+    assert Session(make_model(ROLLING)).context == 32, "its memory does not depend on it"
 
 
 def test_words_the_tokenizer_has_not_are_never_drawn(model):

@@ -1,5 +1,6 @@
 """A trained tokenizer: its ids, its digits, its file; the same wherever it is trained."""
 
+import json
 import os
 import subprocess
 import sys
@@ -54,3 +55,25 @@ def test_save_and_load(tmp_path):
         assert loaded.encode(text) == TOKENIZER.encode(text)
     assert TOKENIZER.save(tmp_path / "other.json").name == "other.json"
     assert train_bpe(["other words other words"], 300).hash != TOKENIZER.hash
+
+
+@pytest.mark.parametrize("before", [[], ["<|im_start|>"], ["<|endoftext|>", "<|pad|>"]])
+def test_what_a_file_puts_before_a_text(tmp_path, before):
+    """And not what it puts behind; `encode` leaves both out."""
+    content = json.loads(TOKENIZER.save(tmp_path).read_text())
+    marks = [{"SpecialToken": {"id": name, "type_id": 0}} for name in (*before, "<|im_end|>")]
+    text = {"Sequence": {"id": "A", "type_id": 0}}
+    content["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": [*marks[:-1], text, marks[-1]],
+        "pair": [text, {"Sequence": {"id": "B", "type_id": 0}}],
+        "special_tokens": {
+            name: {"id": name, "ids": [id_], "tokens": [name]}
+            for name, id_ in TOKENIZER.special_tokens.items()
+        },
+    }
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    loaded = Tokenizer.load(tmp_path)
+    assert loaded.prefix_ids == [TOKENIZER.token_to_id(name) for name in before]
+    assert loaded.encode("Lily") == TOKENIZER.encode("Lily")
+    assert TOKENIZER.prefix_ids == []
