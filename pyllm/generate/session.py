@@ -127,6 +127,7 @@ class Session:
         self._left = {}
         # In this order, so that an interruption never leaves a cache that knows more than the ids.
         shared = [self._shared(row, prompt) for row, prompt in enumerate(checked)]
+        shared = self.cache.within_reach(shared)  # a rolling cache forgets what is far back
         self._truncate(shared)
         self.ids = checked
         self._config, self._stop_ids = config, frozenset(stop_ids)
