@@ -89,8 +89,8 @@ class KVCache:
             )
         self._store_L2BSGK = torch.zeros(shape, dtype=dtype, device=device)
         self._lengths = [0] * batch
-        # The first position of each sequence from which on no slot was used again.
-        self._oldest = [0] * batch
+        # Of each layer and sequence, the position from which on no slot was used again.
+        self._oldest = [[0] * batch for _ in range(n_layers)]
 
     @property
     def batch(self) -> int:
@@ -153,7 +153,8 @@ class KVCache:
 
         Raises:
             ValueError: no room for so many positions, keys or values of another shape, or ones
-                that want a gradient, which would stop at the cache.
+                that want a gradient, which would stop at the cache; a step that was not finished
+                has written over what the new positions look back to.
         """
         if torch.is_grad_enabled() and (k_BTGK.requires_grad or v_BTGK.requires_grad):
             raise ValueError(
@@ -184,6 +185,17 @@ class KVCache:
                 f"kv cache: {max(ends)} positions do not fit into {self.max_length}; "
                 "generate fewer tokens or make a larger cache"
             )
+        if self.rolling:
+            # A step that ended in an exception may have written further than it advanced.
+            if before == 0 and self._reach(self._lengths, self._oldest[layer]) != self._lengths:
+                raise ValueError(
+                    "kv cache: a step that was not finished has written over what the next one "
+                    "looks back to; call truncate(within_reach(lengths)), and run the text again "
+                    "where that is 0"
+                )
+            ring = n_slots - self.sinks
+            pairs = zip(self._oldest[layer], ends, strict=True)
+            self._oldest[layer] = [max(oldest, end - ring) for oldest, end in pairs]
         dtype, device = k_cache_BSGK.dtype, k_cache_BSGK.device
         starts_B, counts_B = torch.tensor([starts, here], dtype=torch.int32).to(device)
         kv_append(
@@ -196,10 +208,6 @@ class KVCache:
             sinks=self.sinks,
             rolling=self.rolling,
         )
-        if self.rolling:
-            ring = n_slots - self.sinks
-            pairs = zip(self._oldest, ends, strict=True)
-            self._oldest = [max(oldest, end - ring) for oldest, end in pairs]
         return starts_B, counts_B
 
     def advance(self, counts: Any) -> None:
@@ -223,14 +231,18 @@ class KVCache:
                 what the next position would look back to; see :meth:`within_reach`.
         """
         lengths = self._for_each("kv cache: the length to truncate to", lengths, self._lengths)
-        for row, (length, reached) in enumerate(zip(lengths, self._reach(lengths), strict=True)):
-            if length != reached:
+        oldest = self._oldest_of_all()
+        reached = self._reach(lengths, oldest)
+        for row, length in enumerate(lengths):
+            if length != reached[row]:
                 raise ValueError(
                     f"kv cache: it rolls, and what position {length} of sequence {row} looks back "
                     f"to has been written over; truncate to at least "
-                    f"{self._oldest[row] + (self.window or 0) - 1}, or to 0 and run the text again"
+                    f"{oldest[row] + (self.window or 0) - 1}, or to 0 and run the text again"
                 )
-        self._oldest = [min(pair) for pair in zip(self._oldest, lengths, strict=True)]
+        self._oldest = [
+            [min(pair) for pair in zip(layer, lengths, strict=True)] for layer in self._oldest
+        ]
         self._lengths = lengths
 
     def within_reach(self, lengths: Any) -> list[int]:
@@ -239,19 +251,21 @@ class KVCache:
         Raises:
             ValueError: a length is negative, or more than there is.
         """
-        return self._reach(
-            self._for_each("kv cache: the length to truncate to", lengths, self._lengths)
-        )
+        lengths = self._for_each("kv cache: the length to truncate to", lengths, self._lengths)
+        return self._reach(lengths, self._oldest_of_all())
 
-    def _reach(self, lengths: list[int]) -> list[int]:
+    def _oldest_of_all(self) -> list[int]:
+        return [max(layers) for layers in zip(*self._oldest, strict=True)]
+
+    def _reach(self, lengths: list[int], oldest: list[int]) -> list[int]:
         if not self.rolling:
             return lengths
         assert self.window is not None
         reached = []
-        for length, oldest in zip(lengths, self._oldest, strict=True):
+        for length, first_held in zip(lengths, oldest, strict=True):
             # The next query sees from here on in the ring; nothing, where that is itself.
-            first = max(self.sinks, length - self.window + 1)
-            reached.append(0 if first < min(oldest, length) else length)
+            first_seen = max(self.sinks, length - self.window + 1)
+            reached.append(0 if first_seen < min(first_held, length) else length)
         return reached
 
     def _for_each(self, name: str, value: Any, most: list[int]) -> list[int]:

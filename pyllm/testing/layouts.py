@@ -31,8 +31,21 @@ def transposed(tensor: Tensor) -> Tensor:
     return tensor.transpose(-1, -2).contiguous().transpose(-1, -2)
 
 
+def cut(tensor: Tensor) -> Tensor:
+    """The first columns of rows that are wider, the rest NaN (or the largest integer)."""
+    if tensor.dim() == 0:
+        return tensor
+    fill = float("nan") if tensor.dtype.is_floating_point else torch.iinfo(tensor.dtype).max
+    wide = torch.full(
+        (*tensor.shape[:-1], tensor.shape[-1] + 3), fill, dtype=tensor.dtype, device=tensor.device
+    )
+    wide[..., : tensor.shape[-1]] = tensor
+    return wide[..., : tensor.shape[-1]]
+
+
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "strided": strided,
     "offset": offset,
     "transposed": transposed,
+    "cut": cut,
 }

@@ -86,6 +86,24 @@ def test_only_the_beginning_that_both_share_is_kept(model, monkeypatch, shared):
     assert one.timing.cached_tokens == shared
 
 
+@pytest.mark.parametrize("n_prompt", [20, 31])
+def test_a_rolling_cache_goes_back_as_far_as_it_can(monkeypatch, n_prompt):
+    """It holds the last 5 + 15 positions and the sink: a little change at the end is cheap, and a
+    text that turns off earlier is run again from its beginning."""
+    model = make_model(replace(CONFIG, window=5, attention_sinks=1))
+    short = replace(GREEDY, max_new_tokens=1)
+    prompt = list(range(10, 10 + n_prompt))
+    for shared, kept in ((n_prompt - 3, n_prompt - 3), (7, 0 if n_prompt == 31 else 7)):
+        one = Session(model)
+        assert one.cache.rolling
+        write(one, [prompt], short)
+        spy = Spy(model, monkeypatch)
+        other = prompt[:shared] + [50] * 3
+        assert write(one, [other], GREEDY)[0] == alone(model, other, GREEDY)
+        assert spy.runs[0] == [len(other) - kept]
+        assert one.timing.cached_tokens == kept
+
+
 def test_the_same_prompt_again_runs_its_last_token(model, monkeypatch):
     one = Session(model)
     first = write(one, [[3, 1, 4]], GREEDY)

@@ -126,6 +126,25 @@ def test_what_was_written_and_not_advanced_counts_as_written():
     assert cache.within_reach(50 - PIECE + 5) == [50 - PIECE + 5]
 
 
+def test_an_unfinished_step_that_wrote_too_far_is_noticed():
+    """More than a piece, as an exception in a later layer leaves it."""
+    cache = KVCache(2, 1, 1000, 1, 1, window=3, rolling=True)
+    for layer in range(2):
+        cache.append(layer, numbered(1, 0, 50), numbered(1, 0, 50))
+    cache.advance(50)
+    new = numbered(1, 50, PIECE + 1)
+    cache.append(0, new, new)
+    cache.append(1, new[:, :PIECE], new[:, :PIECE])
+    cache.append(1, new[:, PIECE:], new[:, PIECE:], before=PIECE)  # the same step goes on
+    assert cache.within_reach(50) == [0]
+    for layer in range(2):
+        with pytest.raises(ValueError, match="a step that was not finished has written over what"):
+            cache.append(layer, new[:, :1], new[:, :1])
+    cache.truncate(0)
+    for layer in range(2):
+        cache.append(layer, new, new)
+
+
 def test_a_full_cache_and_an_impossible_truncation_are_value_errors():
     cache = KVCache(1, 1, 4, 1, 2)
     with pytest.raises(ValueError, match="5 positions do not fit into 4"):

@@ -70,6 +70,7 @@ def test_layouts_keep_the_values(name: str) -> None:
     assert not LAYOUTS["transposed"](torch.randn(3, 4)).is_contiguous()
     assert not LAYOUTS["strided"](torch.randn(3, 4)).is_contiguous()
     assert LAYOUTS["offset"](torch.randn(3, 4)).storage_offset() == 3
+    assert LAYOUTS["cut"](torch.randn(3, 4)).stride() == (7, 1)
 
 
 @pytest.mark.parametrize("victim", ["dy", "rstd"])
