@@ -113,7 +113,7 @@ def learn_merges(
         tokens.append(left + right)
 
         found_in: dict[str, list[int]] = defaultdict(list)
-        for place in set(where.pop(pair)):  # a word is listed once for each time it had the pair
+        for place in where.pop(pair):  # a word that had it twice is here twice: nothing left to do
             stretches = spelled[place].split(pair)
             spelled[place] = new.join(stretches)
             for old_pair, new_pair in _seams(stretches, pair, new):

@@ -156,6 +156,18 @@ def test_a_file_that_is_let_in(tmp_path, data):
     assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
+@pytest.mark.parametrize("special", [True, False])
+@pytest.mark.parametrize("token", ["<|new|>", "two words ☃", "\n"])
+def test_an_added_token_is_its_own_bytes(tmp_path, token, special):
+    (tmp_path / "tokenizer.json").write_text(with_added(content=token, special=special))
+    tokenizer = Tokenizer.load(tmp_path)
+    ids = tokenizer.encode(f"the{token}cat", allow_special=True)
+    assert NEXT in ids
+    assert tokenizer.decode_bytes(ids, skip_special=False) == f"the{token}cat".encode()
+    assert tokenizer.decode_bytes(ids) == (b"thecat" if special else f"the{token}cat".encode())
+    assert tokenizer.decode(ids) == tokenizer.decode_bytes(ids).decode()
+
+
 def test_padding_in_the_file_does_not_pad_the_texts(tmp_path):
     padding = {"strategy": "BatchLongest", "direction": "Right", "pad_to_multiple_of": None}
     padding |= {"pad_id": 1, "pad_type_id": 0, "pad_token": "<|pad|>"}

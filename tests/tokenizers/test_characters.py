@@ -48,6 +48,11 @@ def test_frequent_characters_come_first_and_rare_ones_may_find_no_room():
     # Three merges, or none of them: a beginning alone would be of no use.
     assert train_characters(["🦊"], 262).vocab_size == 260
     assert train_characters(["🦊"], 263).encode("🦊") == [262]
+    # What does not fit ends it: a rarer character does not take the place of a frequent one.
+    assert train_characters(["🦊🦊ä"], 262).vocab_size == 260
+    # Two characters that begin alike share what is in front of their last byte.
+    tokenizer = train_characters(["……—"], 263)
+    assert (tokenizer.encode("…"), tokenizer.encode("—")) == ([261], [262])
     assert train_characters(["only ASCII"], 260).hash == byte_tokenizer().hash
 
 
