@@ -4,8 +4,8 @@
     python benchmarks/llama_cpp_equal.py
 
 Trains a small mixture of experts and a dense model on the embedded stories, half a minute each on
-an idle machine, or takes ``--model``. In float32 every token must be the same; a difference ends the program with an
-error. What came out goes to ``benchmarks/results/llama-cpp-<date>.json``.
+an idle machine, or takes ``--model``. In float32 every token must be the same; a difference ends
+the program with an error. What came out goes to ``benchmarks/results/llama-cpp-<date>.json``.
 """
 
 import sys

@@ -207,7 +207,7 @@ def test_rows_go_on_each_from_its_own_cache(model, monkeypatch):
 
 
 @pytest.mark.parametrize("back", [0, 3, 12, 20, 40])
-def test_a_rolling_cache_goes_back_as_far_as_it_can(monkeypatch, back):
+def test_a_rolling_cache_far_into_a_text_goes_back_or_begins_anew(monkeypatch, back):
     """Beyond that, the text is run again: what was written over is never read."""
     model = make_model(replace(ROLLING, max_seq_len=128))
     one = Session(model)
