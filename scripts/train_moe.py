@@ -4,7 +4,7 @@ import subprocess
 import sys
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Literal, NoReturn
+from typing import Literal
 
 from pyllm._checks import shown
 from pyllm._cli import run
@@ -19,7 +19,6 @@ class Start:
 
     preset: str = ""
     resume: str = ""
-    mode: Literal["train", "benchmark"] = "train"
 
 
 @dataclass(frozen=True)
@@ -33,8 +32,6 @@ class Config(RunConfig):
 def defaults(arguments: list[str]) -> Config:
     """The settings of the preset named on the command line: what the other flags start from."""
     start, others = read_flags(Start, arguments, add_help=False, return_unknown_args=True)
-    if start.mode == "benchmark":
-        benchmark(start, others)
     others = [other for other in others if other not in ("-h", "--help")]
     if start.resume and (others or start.preset):
         raise ValueError(
@@ -45,12 +42,14 @@ def defaults(arguments: list[str]) -> Config:
     return replace(Config(), preset=name, model=preset(name), train=TRAIN_PRESETS[name])
 
 
-def benchmark(start: Start, others: list[str]) -> NoReturn:
-    """Measure instead of train; a run is named by --model there."""
-    for flag, value in (("--preset", start.preset), ("--model", start.resume)):
-        others += [flag, value] * bool(value)
-    script = Path(__file__).with_name("benchmark.py")
-    raise SystemExit(subprocess.call([sys.executable, str(script), *others]))
+def benchmark_flags(arguments: list[str]) -> list[str] | None:
+    """The other arguments where one says --mode benchmark; else None."""
+    for at, argument in enumerate(arguments):
+        if argument == "--mode=benchmark":
+            return [*arguments[:at], *arguments[at + 1 :]]
+        if arguments[at : at + 2] == ["--mode", "benchmark"]:
+            return [*arguments[:at], *arguments[at + 2 :]]
+    return None
 
 
 def main(config: Config) -> None:
@@ -69,4 +68,8 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
+    measuring = benchmark_flags(sys.argv[1:])
+    if measuring is not None:
+        script = Path(__file__).with_name("benchmark.py")
+        sys.exit(subprocess.call([sys.executable, str(script), *measuring]))
     run(main, Config, defaults)

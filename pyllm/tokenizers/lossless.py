@@ -51,6 +51,7 @@ def check_lossless(content: Mapping[str, Any], vocab: Mapping[str, int]) -> None
         kind = (content[name] or {}).get("type")
         if kind not in allowed:
             raise ValueError(f"its {name} is {shown(kind)}; expected ByteLevel")
+    _check_template(content["post_processor"])
     _check_ids(vocab)
     missing = ALPHABET - model["vocab"].keys()
     if missing:
@@ -61,6 +62,18 @@ def check_lossless(content: Mapping[str, Any], vocab: Mapping[str, int]) -> None
 def _expect_nothing(name: str, value: object) -> None:
     if value:
         raise ValueError(f"its {name} is {shown(value)}, with which texts are lost; expected null")
+
+
+def _check_template(processor: Any) -> None:
+    """Around the text, never instead of it: a template without its place gives nothing back."""
+    if (processor or {}).get("type") != "TemplateProcessing":
+        return
+    places = [piece["Sequence"]["id"] for piece in processor["single"] if "Sequence" in piece]
+    if places != ["A"]:
+        raise ValueError(
+            f"its post_processor has the text {len(places)} times in its template for one text; "
+            "expected once"
+        )
 
 
 def _check_split(split: Any) -> None:

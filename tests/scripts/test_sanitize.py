@@ -134,9 +134,11 @@ def test_every_kernel_is_among_the_tests_that_run(script) -> None:
             cwd=ROOT,
         )
         assert result.returncode == 0, result.stdout
-        for operation in OPERATIONS:
+        for operation, declared in OPERATIONS.items():
             found = re.findall(rf"^tests/ops/test_{operation}\.py::.*", result.stdout, re.MULTILINE)
             for name in expected:
+                if name.startswith("test_gradcheck") and not declared.gradients:
+                    continue  # an operation of generation has no backward
                 assert any(name in line and "cpu" in line for line in found), (operation, name)
             assert not any("reference-" in line or "triton" in line for line in found)
         assert ("tests/cpu_kernels/" in result.stdout) == (tests == script.EVERYTHING)

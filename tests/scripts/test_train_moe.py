@@ -1,5 +1,7 @@
 """What is wrong with the data, the folders and the tokenizer of a run is told before the work."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -74,3 +76,19 @@ def test_text_shorter_than_one_sequence(error: Refusal, tmp_path: Path) -> None:
     assert f"but one block needs {TRAIN_PRESETS['moe-tiny'].seq_len}" in error(
         "--data", "short.txt"
     )
+
+
+@pytest.mark.parametrize("mode", [["--mode", "benchmark"], ["--mode=benchmark"]])
+def test_the_benchmark_mode_is_the_other_script(mode: list[str], tmp_path: Path) -> None:
+    script = Path(__file__).resolve().parents[2] / "scripts" / "train_moe.py"
+    command = [sys.executable, str(script), "--preset", "moe-tinny", *mode, "--new-tokens", "4"]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert "unknown preset 'moe-tinny'; did you mean 'moe-tiny'" in result.stderr
+    flags = [*command[:2], *mode, "--train.seed", "1"]
+    result = subprocess.run(flags, capture_output=True, text=True, cwd=tmp_path)
+    assert result.returncode == 2 and "Unrecognized options: --train.seed" in result.stderr
+
+
+def test_a_mode_that_there_is_not(error: Refusal) -> None:
+    assert "Expected one of ('train', 'benchmark')" in error("--mode", "benchmrk")
