@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from tyro.conf import UseAppendAction
 
 from pyllm._checks import check_size
 from pyllm._cli import run
@@ -26,6 +28,10 @@ class Config(SamplingConfig):
     Ctrl-C ends what is being written, Ctrl-D the program.
     """
 
+    # One value a flag: of several after one flag, none but the first could begin with a hyphen.
+    stop: Annotated[tuple[str, ...], UseAppendAction] = ()
+    """The text ends before this, which is not written itself. Give the flag once for each of
+    several; the first to come ends the text."""
     model: str | None = None
     """A run folder (its best checkpoint is taken) or a model folder; by default the run under
     runs/ that was saved last."""

@@ -160,6 +160,8 @@ def flag_and_value(draw: st.DrawFn, flag: Flag) -> tuple[list[str], Any]:
         return texts, meant
     name = flag.name.replace("-", "_") if draw(st.integers(0, 9)) == 0 else flag.name
     name = "--" + name[2:]
+    if flag.place == ("stop",):  # once for each text, which may begin with a hyphen
+        return [f"{name}={text}" for text in texts], meant
     if len(texts) == 1 and (texts[0].startswith("-") or draw(st.booleans())):
         return [f"{name}={texts[0]}"], meant
     return [name, *texts], meant
