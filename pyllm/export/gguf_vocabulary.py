@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from pyllm._checks import shown
 from pyllm.tokenizers import Tokenizer
-from pyllm.tokenizers.byte_level import BYTE_CHARACTERS
+from pyllm.tokenizers.byte_level import spell
 from pyllm.tokenizers.lossless import SPLITS
 
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5
@@ -124,8 +124,3 @@ def _numerals() -> tuple[frozenset[str], frozenset[str]]:
             ends |= {spelled[at:] for at in range(len(spelled))} | {spell(" ") + spelled}
             starts |= {spelled[: at + 1] for at in range(len(spelled))}
     return frozenset(ends), frozenset(starts)
-
-
-def spell(text: str) -> str:
-    """UTF-8 in the characters that stand for bytes."""
-    return "".join(BYTE_CHARACTERS[byte] for byte in text.encode())

@@ -19,9 +19,9 @@ from pyllm.models.folder import (
 )
 from pyllm.models.hugging_face import tensor_parts, write_settings
 from pyllm.models.shards import WEIGHTS, split_rows
-from pyllm.tokenizers import SPECIAL_TOKENS, Tokenizer
+from pyllm.tokenizers import Tokenizer
+from pyllm.tokenizers.byte_level import END_OF_TEXT
 
-END_OF_TEXT = SPECIAL_TOKENS[0]
 END_OF_TURN = "<|im_end|>"
 
 

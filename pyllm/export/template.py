@@ -5,7 +5,7 @@ from pathlib import Path
 
 from pyllm._checks import shown
 from pyllm.models.durable import read_json
-from pyllm.models.folder import CHAT_TEMPLATE
+from pyllm.models.folder import CHAT_TEMPLATE, stored_chat_template
 
 
 def read_chat_template(folder: Path) -> str:
@@ -14,14 +14,8 @@ def read_chat_template(folder: Path) -> str:
     Raises:
         ValueError: the file is damaged, or has several templates.
     """
-    alone = folder / "chat_template.jinja"
-    if alone.is_file():
-        try:
-            return alone.read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{alone}: not UTF-8 ({error.reason})") from None
     path = folder / "tokenizer_config.json"
-    template = read_json(path).get("chat_template") if path.is_file() else None
+    template = stored_chat_template(folder, read_json(path) if path.is_file() else {})
     if template is None:
         return CHAT_TEMPLATE
     if not isinstance(template, str):

@@ -16,6 +16,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from pyllm._checks import check_text, one_line, shown
 from pyllm.models.durable import check_manifest, read_json
+from pyllm.models.folder import CHAT_TEMPLATE_FILE, stored_chat_template
 from pyllm.tokenizers import Tokenizer
 
 ROLES = ("system", "user", "assistant")
@@ -76,18 +77,14 @@ class ChatTemplate:
         Raises:
             ValueError: there is none, or a file is damaged.
         """
-        config_file, own_file = folder / "tokenizer_config.json", folder / "chat_template.jinja"
+        config_file, own_file = folder / "tokenizer_config.json", folder / CHAT_TEMPLATE_FILE
         config: dict[str, Any] = {}
         if config_file.exists():
             check_manifest(folder, [config_file.name])
             config = read_json(config_file)
-        source = config.get("chat_template")
         if own_file.exists():
             check_manifest(folder, [own_file.name])
-            try:
-                source = own_file.read_text(encoding="utf-8")
-            except UnicodeDecodeError as error:
-                raise ValueError(f"{own_file}: not UTF-8 at byte {error.start}") from None
+        source = stored_chat_template(folder, config)
         if isinstance(source, list):  # several, each with a name
             named = {
                 one.get("name"): one.get("template") for one in source if isinstance(one, dict)

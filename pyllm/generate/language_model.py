@@ -271,19 +271,21 @@ class LanguageModel:
 
     def _read_ends(self, folder: Path) -> None:
         """Which tokens begin and end a text, from the folder's files."""
-        if read_json(folder / "config.json").get("model_type") != "pyllm":
+        names = ["config.json"]
+        if (folder / "generation_config.json").exists():
+            names.insert(0, "generation_config.json")
+        check_manifest(folder, names)
+        settings = {folder / name: read_json(folder / name) for name in names}
+        if settings[folder / "config.json"].get("model_type") != "pyllm":
             # pyllm's tokenizer.json does not say what its models are trained to begin with.
             self.begin_ids = self.tokenizer.prefix_ids
-        for name in ("generation_config.json", "config.json"):
-            path = folder / name
-            if path.exists():
-                check_manifest(folder, [name])
-                stop = read_json(path).get("eos_token_id")
-                if stop is not None:
-                    what, most = f"{path}: eos_token_id", self.tokenizer.vocab_size - 1
-                    stops = stop if isinstance(stop, list) else [stop]
-                    self.stop_ids = frozenset(check_size(what, one, 0, most) for one in stops)
-                    return
+        for path, found in settings.items():
+            stop = found.get("eos_token_id")
+            if stop is not None:
+                what, most = f"{path}: eos_token_id", self.tokenizer.vocab_size - 1
+                stops = stop if isinstance(stop, list) else [stop]
+                self.stop_ids = frozenset(check_size(what, one, 0, most) for one in stops)
+                return
 
 
 def _settings(config: SamplingConfig | None, settings: dict[str, Any]) -> SamplingConfig:

@@ -4,7 +4,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,6 +34,8 @@ CHAT_TEMPLATE = (
 )
 """ChatML with generation marks: the loss mask of fine-tuning follows from the template."""
 
+CHAT_TEMPLATE_FILE = "chat_template.jinja"
+
 SAMPLING = {"do_sample": True, "temperature": 0.8, "top_p": 0.95}
 
 LARGEST_TABLES = 2**28
@@ -55,6 +57,28 @@ def write_model(folder: Path, model: Transformer, tokenizer: Tokenizer) -> None:
     tokenizer.save(folder / "tokenizer.json")
     write_tokenizer_settings(folder, tokenizer, model.config.max_seq_len)
     write_json(folder / "generation_config.json", SAMPLING | special)
+
+
+def stored_chat_template(folder: Path, settings: Mapping[str, Any]) -> Any:
+    """What ``chat_template.jinja`` of a folder holds, else what ``tokenizer_config.json`` has.
+
+    Args:
+        folder: of the model.
+        settings: the content of ``tokenizer_config.json``.
+
+    Returns:
+        A text as a rule; None where there is no template, or whatever else stands there.
+
+    Raises:
+        ValueError: the file is not UTF-8.
+    """
+    own_file = folder / CHAT_TEMPLATE_FILE
+    if not own_file.exists():
+        return settings.get("chat_template")
+    try:
+        return own_file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{own_file}: not UTF-8 at byte {error.start}") from None
 
 
 def special_ids(tokenizer: Tokenizer) -> dict[str, int]:
@@ -89,27 +113,45 @@ def save_model(folder: str | Path, model: Transformer, tokenizer: Tokenizer) -> 
     write_folder(Path(folder), lambda temporary: write_model(temporary, model, tokenizer))
 
 
+class _Described(NamedTuple):
+    """What ``config.json`` of a model folder says."""
+
+    config: ModelConfig
+    is_ours: bool
+    """Did pyllm write it, and not Hugging Face's programs?"""
+    tokenizer_hash: Any
+    """Of the tokenizer that a model of ours was trained with."""
+
+
 def load_config(folder: str | Path) -> ModelConfig:
     """Read ``config.json`` of a model folder, ours or a Hugging Face Llama, Mistral or Mixtral.
 
     Raises:
         ValueError: no such folder, another kind of model, unknown or impossible settings.
     """
-    path = Path(folder) / "config.json"
-    check_manifest(path.parent, [path.name])
+    return _describe(Path(folder)).config
+
+
+def _describe(folder: Path) -> _Described:
+    path = folder / "config.json"
+    check_manifest(folder, [path.name])
     settings = read_json(path)
+    is_ours = settings.get("model_type") == "pyllm"
     try:
-        if settings.get("model_type") != "pyllm":
-            return read_settings(settings)
-        known = {field.name for field in fields(ModelConfig)}
-        beside = {"model_type", "tokenizer_hash", "eos_token_id", "bos_token_id"}
-        unknown = sorted(settings.keys() - known - beside)
-        missing = sorted(known - settings.keys())
-        if unknown or missing:
-            raise ValueError(f"unknown settings {unknown}, missing settings {missing}")
-        return ModelConfig(**{name: settings[name] for name in known})
+        config = _read_own(settings) if is_ours else read_settings(settings)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
+    return _Described(config, is_ours, settings.get("tokenizer_hash"))
+
+
+def _read_own(settings: Mapping[str, Any]) -> ModelConfig:
+    known = {field.name for field in fields(ModelConfig)}
+    beside = {"model_type", "tokenizer_hash", "eos_token_id", "bos_token_id"}
+    unknown = sorted(settings.keys() - known - beside)
+    missing = sorted(known - settings.keys())
+    if unknown or missing:
+        raise ValueError(f"unknown settings {unknown}, missing settings {missing}")
+    return ModelConfig(**{name: settings[name] for name in known})
 
 
 def load_model(
@@ -132,12 +174,12 @@ def load_model(
             tokenizer that pyllm does not have.
     """
     folder = readable_folder(Path(folder))
-    config = load_config(folder)
-    if not _is_ours(folder):
+    described = _describe(folder)
+    if not described.is_ours:
         # Pickled weights are told of before a tokenizer that does not fit.
         weight_files(folder)
-    tokenizer = _load_tokenizer(folder, config)
-    return _load_transformer(folder, config, device, dtype), tokenizer
+    tokenizer = _load_tokenizer(folder, described)
+    return _load_transformer(folder, described, device, dtype), tokenizer
 
 
 def load_transformer(
@@ -152,26 +194,21 @@ def load_transformer(
         ValueError: as :func:`load_model`.
     """
     folder = readable_folder(Path(folder))
-    return _load_transformer(folder, load_config(folder), device, dtype)
+    return _load_transformer(folder, _describe(folder), device, dtype)
 
 
-def _is_ours(folder: Path) -> bool:
-    return read_json(folder / "config.json").get("model_type") == "pyllm"
-
-
-def _load_tokenizer(folder: Path, config: ModelConfig) -> Tokenizer:
-    ours = _is_ours(folder)
+def _load_tokenizer(folder: Path, described: _Described) -> Tokenizer:
+    config, is_ours, expected_hash = described
     check_manifest(folder, ["tokenizer.json"])
     try:
         tokenizer = Tokenizer.load(folder)
     except ValueError as error:
-        if ours:
+        if is_ours:
             raise
         raise ValueError(
             f"{error}; pyllm.models.load_transformer loads the model without it"
         ) from None
-    expected_hash = read_json(folder / "config.json").get("tokenizer_hash")
-    if ours and tokenizer.hash != expected_hash:
+    if is_ours and tokenizer.hash != expected_hash:
         raise ValueError(
             f"{folder}: tokenizer.json is not the tokenizer this model was trained with; "
             "restore the file that was saved beside the weights"
@@ -185,9 +222,10 @@ def _load_tokenizer(folder: Path, config: ModelConfig) -> Tokenizer:
 
 
 def _load_transformer(
-    folder: Path, config: ModelConfig, device: str | torch.device, dtype: torch.dtype | None
+    folder: Path, described: _Described, device: str | torch.device, dtype: torch.dtype | None
 ) -> Transformer:
-    if _is_ours(folder):
+    config = described.config
+    if described.is_ours:
         weights = folder / WEIGHTS
         check_manifest(folder, [WEIGHTS])
         _check_sizes(config, weights)

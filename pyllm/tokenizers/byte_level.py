@@ -39,6 +39,11 @@ ALPHABET = frozenset(BYTE_CHARACTERS)
 """The 256 characters that stand for the bytes."""
 
 
+def spell(text: str) -> str:
+    """The UTF-8 of a text, in the characters that stand for bytes."""
+    return "".join(BYTE_CHARACTERS[byte] for byte in text.encode("utf-8"))
+
+
 def token_bytes(token: str) -> bytes:
     """The bytes that a token of a tokenizer.json stands for.
 

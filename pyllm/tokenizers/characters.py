@@ -20,6 +20,7 @@ from pyllm.tokenizers.byte_level import (
     SPECIAL_TOKENS,
     byte_level,
     check_special_tokens,
+    spell,
 )
 from pyllm.tokenizers.tokenizer import Tokenizer
 
@@ -61,7 +62,7 @@ def train_characters(
     merges: dict[tuple[str, str], None] = {}
     # Of characters that are equally frequent, the one with the smaller code point goes first.
     for character in sorted(seen, key=lambda character: (-seen[character], character)):
-        spelled = "".join(BYTE_CHARACTERS[byte] for byte in character.encode("utf-8"))
+        spelled = spell(character)
         steps = [(spelled[:at], spelled[at]) for at in range(1, len(spelled))]
         new = [step for step in steps if step not in merges]
         if len(merges) + len(new) > room:

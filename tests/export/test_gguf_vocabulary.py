@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 from tokenizers import Tokenizer as Backend
 
-from pyllm.export.gguf_vocabulary import CONTROL, UNUSED, USER_DEFINED, gguf_vocabulary, spell
+from pyllm.export.gguf_vocabulary import CONTROL, UNUSED, USER_DEFINED, gguf_vocabulary
 from pyllm.tokenizers import Tokenizer, byte_tokenizer, train_bpe
+from pyllm.tokenizers.byte_level import spell
 from pyllm.tokenizers.lossless import SPLITS
 
 BYTE_LEVEL = {
