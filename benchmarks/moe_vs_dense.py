@@ -9,7 +9,7 @@ slows both. Writes ``benchmarks/results/moe-vs-dense-<date>.json`` and ``moe-vs-
 """
 
 import sys
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import accumulate
 from pathlib import Path
 from statistics import mean
@@ -18,15 +18,7 @@ from typing import Any
 from pyllm._checks import check_size
 from pyllm._cli import require_writable, run
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-
 MIXTURE, TWIN, LONGER = "mixture", "dense, equal tokens", "dense, equal time"
-
-
-def _tinystories() -> str:
-    from _texts import default_folder
-
-    return default_folder()
 
 
 @dataclass
@@ -37,8 +29,9 @@ class Config:
     """Optimiser steps of the mixture, and of its twin at equal tokens."""
     seeds: int = 3
     """Runs of each, with other weights and another order of the data."""
-    tinystories: str = field(default_factory=_tinystories)
-    """Folder with TinyStories as train.txt and valid.txt; the embedded stories if absent."""
+    tinystories: str = ""
+    """Folder with TinyStories as train.txt and valid.txt, the embedded stories if absent; empty:
+    tinystories in PYLLM_SHARED_DATA, by default ../shared/data."""
     threads: int = 0
     """CPU threads; 0 for PyTorch's choice."""
     out: str = ""
@@ -54,6 +47,7 @@ class Config:
 
 def main(config: Config) -> None:
     """Train all of them, compare, draw."""
+    sys.path.insert(0, str(Path(__file__).resolve().parent))
     from _record import Record
     from _texts import choose_text
 

@@ -9,7 +9,7 @@ but the largest, which it then has to predict. Writes ``benchmarks/results/scali
 """
 
 import sys
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +17,6 @@ import numpy as np
 
 from pyllm._checks import check_size
 from pyllm._cli import require_writable, run
-
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-
-
-def _tinystories() -> str:
-    from _texts import default_folder
-
-    return default_folder()
 
 
 @dataclass
@@ -36,8 +28,9 @@ class Config:
     tokens_per_parameter: float = 1.0
     """Training tokens for each active parameter, embeddings left out. 20 is what Hoffmann et al.
     found best; so many would take hours here."""
-    tinystories: str = field(default_factory=_tinystories)
-    """Folder with TinyStories as train.txt and valid.txt; the embedded stories if absent."""
+    tinystories: str = ""
+    """Folder with TinyStories as train.txt and valid.txt, the embedded stories if absent; empty:
+    tinystories in PYLLM_SHARED_DATA, by default ../shared/data."""
     threads: int = 0
     """CPU threads; 0 for PyTorch's choice."""
     seq_len: int = 256
@@ -91,6 +84,7 @@ def fit_power_law(compute: list[float], loss: list[float]) -> PowerLaw:
 
 def main(config: Config) -> None:
     """Train the ladder, fit, predict, draw."""
+    sys.path.insert(0, str(Path(__file__).resolve().parent))
     from _record import Record
     from _texts import choose_text
 

@@ -7,9 +7,8 @@ the machine and the commit to ``benchmarks/results/stories-<date>.json``, and th
 ``benchmarks/results/stories.svg``.
 """
 
-import os
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from pyllm._checks import check_size
@@ -20,12 +19,9 @@ from pyllm._cli import require_writable, run
 class Config:
     """Train moe-tiny on each text in turn."""
 
-    tinystories: str = field(
-        default_factory=lambda: str(
-            Path(os.environ.get("PYLLM_SHARED_DATA", "../shared/data")) / "tinystories"
-        )
-    )
-    """Folder with TinyStories as train.txt and valid.txt; skipped, and said so, if absent."""
+    tinystories: str = ""
+    """Folder with TinyStories as train.txt and valid.txt, skipped, and said so, if absent; empty:
+    tinystories in PYLLM_SHARED_DATA, by default ../shared/data."""
     max_steps: int = 0
     """Steps of each run; 0 for the preset's."""
     out: str = ""
@@ -44,6 +40,7 @@ def main(config: Config) -> None:
 
     import torch
     from _record import Record
+    from _texts import tinystories
 
     from pyllm.models import count_parameters, preset
     from pyllm.train import TRAIN_PRESETS, DataConfig, RunConfig, run_training
@@ -55,16 +52,9 @@ def main(config: Config) -> None:
     if config.max_steps:
         train = replace(train, max_steps=config.max_steps)
     texts = {"embedded stories": DataConfig()}
-    folder = Path(config.tinystories)
     require_writable(config.results)
-    if (folder / "train.txt").is_file():
-        if not (folder / "valid.txt").is_file():
-            raise ValueError(f"{folder / 'valid.txt'}: no such file; put it beside train.txt")
-        texts["TinyStories"] = DataConfig(
-            data=str(folder / "train.txt"), valid=str(folder / "valid.txt")
-        )
-    else:
-        print(f"{folder}: no TinyStories there; only the embedded stories are trained on")
+    if (found := tinystories(config.tinystories)) is not None:
+        texts["TinyStories"] = found
     parameters = count_parameters(preset("moe-tiny"))
     record = Record(config.results, "stories")
     record.add(

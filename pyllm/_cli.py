@@ -95,6 +95,17 @@ def require_writable(folder: Path) -> None:
                 place.rmdir()
 
 
+def require_writable_file(flag: str, path: Path) -> None:
+    """The same for a file that a flag names.
+
+    Raises:
+        ValueError: its folder takes no file, or it is a folder itself.
+    """
+    require_writable(path.parent)
+    if path.is_dir():
+        raise ValueError(f"{flag} {path} is a folder; name a file")
+
+
 def _read(config_type: type[Any], defaults: Callable[[list[str]], Any] | None) -> Any:
     from pyllm._flags import read_flags
 

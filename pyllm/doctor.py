@@ -35,7 +35,7 @@ _OPTIONAL_PACKAGES = {
     "clang-format": "scripts/check.py: pip install -e '.[test]'",
     "gguf": "scripts/export.py --to gguf: pip install gguf",
     "transformers": "the tests, which read exported models with it: pip install -e '.[test]'",
-    "llama-cpp-python": "benchmarks/llama_cpp.py: pip install -e '.[bench]'",
+    "llama-cpp-python": "benchmarks/llama_cpp_equal.py: pip install -e '.[bench]'",
 }
 _REQUIRED_PACKAGES = (
     "numpy",

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from pyllm._checks import check_size
-from pyllm._cli import require_writable, run
+from pyllm._cli import require_writable_file, run
 
 if TYPE_CHECKING:
     from pyllm.models import Transformer
@@ -61,9 +61,7 @@ def main(config: Config) -> None:
     from pyllm.models import Transformer, choose_device, load_model, preset
 
     if config.out is not None:
-        require_writable(config.out.parent)
-        if config.out.is_dir():
-            raise ValueError(f"--out {config.out} is a folder; name a file")
+        require_writable_file("--out", config.out)
     if config.threads:
         torch.set_num_threads(config.threads)
     device, dtype = choose_device(config.device), pick_dtype(config.dtype)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from pyllm._checks import check_size
-from pyllm._cli import require_writable, run
+from pyllm._cli import require_writable_file, run
 
 if TYPE_CHECKING:
     from pyllm.evaluate import BitsPerByte, TextScore
@@ -59,11 +59,9 @@ def main(config: Config) -> None:
     from pyllm.generate import find_model, pick_dtype
     from pyllm.models import choose_device, load_model
 
-    for path in (config.out, config.picture):
+    for flag, path in (("--out", config.out), ("--picture", config.picture)):
         if path is not None:
-            require_writable(path.parent)
-            if path.is_dir():
-                raise ValueError(f"{path} is a folder; name a file")
+            require_writable_file(flag, path)
     if config.threads:
         torch.set_num_threads(config.threads)
     folder = find_model(config.model)
@@ -130,12 +128,8 @@ def draw(score: TextScore, path: Path) -> None:
     from pyllm.viz import plot_curves
 
     width = max(len(score.position_loss) // 100, 1)
-    places, losses = [], []
-    for first in range(0, len(score.position_loss), width):
-        weights = score.position_count[first : first + width]
-        parts = score.position_loss[first : first + width]
-        places.append(first)
-        losses.append(sum(w * x for w, x in zip(weights, parts, strict=True)) / sum(weights))
+    places = range(0, len(score.position_loss), width)
+    losses = [score.loss_between(first, first + width) for first in places]
     plot_curves(
         path,
         {"loss": (places, losses)},

@@ -20,7 +20,7 @@ from pathlib import Path
 from tyro.conf import Positional
 
 from pyllm._checks import check_choice
-from pyllm._cli import require_writable, run
+from pyllm._cli import require_writable_file, run
 
 ROOT = Path(__file__).resolve().parent.parent
 FLAGS = ["-std=c++17", "-O1", "-fPIC", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math"]
@@ -193,9 +193,7 @@ def main(config: Config) -> None:
     """
     out = Path(config.out) if config.out else None
     if out:
-        require_writable(out.parent)
-        if out.is_dir():
-            raise ValueError(f"--out {out} is a folder; name a file")
+        require_writable_file("--out", out)
     if shutil.which("g++") is None or not hasattr(os, "fork"):
         raise ValueError("g++ and fork are needed; on Debian: sudo apt install g++")
     import pybind11

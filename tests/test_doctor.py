@@ -31,6 +31,14 @@ def test_doctor_runs_and_shows_every_section(command: list[str]) -> None:
     assert "faces of rms_norm" in result.stdout
 
 
+def test_the_files_it_names_are_there() -> None:
+    named = {
+        word.rstrip(":") for what in doctor._OPTIONAL_PACKAGES.values() for word in what.split()
+    }
+    files = {word for word in named if word.endswith(".py")}
+    assert files and all((ROOT / name).is_file() for name in files), files
+
+
 def test_what_fits_counts_sixteen_bytes_per_parameter() -> None:
     name = "moe-158m"
     needed = 16 * count_parameters(PRESETS[name]).total

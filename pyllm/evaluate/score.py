@@ -93,9 +93,9 @@ def bits_per_byte(
         )
     nats = 0.0
     with evaluating(model), autocast or nullcontext():
-        for inputs, targets in _padded(
-            [ids for ids, _ in windows], tokenizer.end_of_text_id, tokens_per_batch
-        ):
+        begin = tokenizer.end_of_text_id
+        pairs = [([begin, *ids[:-1]], ids) for ids, _ in windows]
+        for _, inputs, targets in padded_batches(pairs, tokens_per_batch):
             output = model(inputs.to(device), targets.to(device), reduction="sum")
             assert output.loss is not None
             nats += output.loss.item()
@@ -115,18 +115,25 @@ def evaluating(model: Transformer) -> Iterator[None]:
         model.train(was_training)
 
 
-def _padded(
-    rows: Sequence[Sequence[int]], end_of_text: int, tokens_per_batch: int
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Batches of about one length; what is padded has no target and comes last in its row."""
-    waiting = sorted(rows, key=len)
+def padded_batches(
+    rows: Sequence[tuple[Sequence[int], Sequence[int]]], tokens_per_batch: int
+) -> Iterator[tuple[list[int], Tensor, Tensor]]:
+    """Batches of rows of about one length: which rows, and their inputs and targets, (B, T) each.
+
+    Args:
+        rows: inputs, and the token after each. What they are padded with comes last in its row
+            and has no target.
+        tokens_per_batch: how much to compute at once.
+    """
+    waiting = sorted(range(len(rows)), key=lambda row: len(rows[row][0]))
     while waiting:
-        longest = len(waiting[-1])
+        longest = len(rows[waiting[-1]][0])
         take = max(tokens_per_batch // longest, 1)
         batch, waiting = waiting[-take:], waiting[:-take]
-        inputs = torch.full((len(batch), longest), end_of_text)
+        inputs = torch.zeros(len(batch), longest, dtype=torch.int64)
         targets = torch.full((len(batch), longest), IGNORE_INDEX)
-        for row, ids in enumerate(batch):
-            inputs[row, 1 : len(ids)] = torch.tensor(ids[:-1])
-            targets[row, : len(ids)] = torch.tensor(ids)
-        yield inputs, targets
+        for place, row in enumerate(batch):
+            given, wanted = rows[row]
+            inputs[place, : len(given)] = torch.tensor(given)
+            targets[place, : len(wanted)] = torch.tensor(wanted)
+        yield batch, inputs, targets

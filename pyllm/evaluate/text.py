@@ -4,18 +4,25 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
 from pyllm._checks import check_size
-from pyllm.evaluate.score import evaluating
+from pyllm.evaluate.score import evaluating, padded_batches
 from pyllm.models import Transformer
 from pyllm.models.transformer import IGNORE_INDEX
 from pyllm.tokenizers import Tokenizer
 
-Window = tuple[list[int], list[int], bool]
-"""Inputs, the token after each, and whether a document begins here."""
+
+class Window(NamedTuple):
+    """Tokens that are scored together."""
+
+    inputs: Sequence[int]
+    targets: Sequence[int]
+    """The token after each."""
+    begins: bool
+    """Does a document begin here?"""
 
 
 @dataclass(frozen=True)
@@ -41,10 +48,13 @@ class TextScore:
         first, n_positions = 0, len(self.position_loss)
         while first < n_positions:
             end = min(max(2 * first, 1), n_positions)
-            weights = self.position_count[first:end]
-            nats = sum(w * x for w, x in zip(weights, self.position_loss[first:end], strict=True))
-            yield first, end, nats / sum(weights)
+            yield first, end, self.loss_between(first, end)
             first = end
+
+    def loss_between(self, first: int, end: int) -> float:
+        """Nats per token over the positions from ``first`` on, before ``end``."""
+        weights, losses = self.position_count[first:end], self.position_loss[first:end]
+        return sum(w * x for w, x in zip(weights, losses, strict=True)) / sum(weights)
 
 
 @torch.inference_mode()
@@ -94,7 +104,9 @@ def score_text(
     nats, n_tokens = 0.0, 0
     device = model.embedding.weight.device
     with evaluating(model), autocast or nullcontext():
-        for inputs, targets, begins_B in _batches(windows, tokens_per_batch):
+        pairs = [(window.inputs, window.targets) for window in windows]
+        for rows, inputs, targets in padded_batches(pairs, tokens_per_batch):
+            begins_B = torch.tensor([windows[row].begins for row in rows])
             output = model(inputs.to(device), targets.to(device), reduction="none")
             assert output.loss is not None
             loss_BT = output.loss.double().cpu()
@@ -119,21 +131,4 @@ def score_text(
 def _windows(ids: Sequence[int], context: int) -> Iterator[Window]:
     for start in range(0, len(ids) - 1, context):
         window = ids[start : start + context + 1]
-        yield list(window[:-1]), list(window[1:]), start == 0
-
-
-def _batches(
-    windows: Sequence[Window], tokens_per_batch: int
-) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Windows of about one length, padded on the right with what has no target."""
-    waiting = sorted(windows, key=lambda window: len(window[0]))
-    while waiting:
-        longest = len(waiting[-1][0])
-        take = max(tokens_per_batch // longest, 1)
-        batch, waiting = waiting[-take:], waiting[:-take]
-        inputs = torch.zeros(len(batch), longest, dtype=torch.int64)
-        targets = torch.full((len(batch), longest), IGNORE_INDEX)
-        for row, (given, wanted, _) in enumerate(batch):
-            inputs[row, : len(given)] = torch.tensor(given)
-            targets[row, : len(wanted)] = torch.tensor(wanted)
-        yield inputs, targets, torch.tensor([begins for _, _, begins in batch])
+        yield Window(window[:-1], window[1:], start == 0)

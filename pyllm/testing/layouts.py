@@ -43,9 +43,15 @@ def cut(tensor: Tensor) -> Tensor:
     return wide[..., : tensor.shape[-1]]
 
 
+def wide_indices(tensor: Tensor) -> Tensor:
+    """Indices as int64, PyTorch's own kind, where the declaration has int32."""
+    return tensor.long() if tensor.dtype == torch.int32 else tensor
+
+
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "strided": strided,
     "offset": offset,
     "transposed": transposed,
     "cut": cut,
+    "wide_indices": wide_indices,
 }

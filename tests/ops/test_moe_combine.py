@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from pyllm.ops import moe_combine
+from pyllm.ops import available_faces, moe_combine
 from pyllm.ops._registry import face_module
 from pyllm.testing.cases.moe_combine import MOE_COMBINE
 from pyllm.testing.suite import OperationSuite
@@ -26,6 +26,15 @@ def test_nan_stays_with_its_token() -> None:
     rows = torch.randn(4, 3)
     rows[2] = float("nan")
     y = moe_combine(rows, torch.ones(2, 2), torch.tensor([[0, 2], [1, 3]]))
+    assert y.isnan().all(-1).tolist() == [True, False]
+
+
+@pytest.mark.parametrize("face", available_faces("moe_combine"))
+def test_a_weight_of_zero_hides_no_nan(face: str) -> None:
+    rows = torch.randn(4, 3)
+    rows[2] = float("nan")
+    weights = torch.tensor([[1.0, 0.0], [1.0, 0.0]])
+    y = moe_combine(rows, weights, torch.tensor([[0, 2], [1, 3]]), face=face)
     assert y.isnan().all(-1).tolist() == [True, False]
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from pyllm.ops import moe_ffn
+from pyllm.ops import available_faces, moe_ffn
 from pyllm.ops._registry import face_module
 from pyllm.testing.cases.moe_ffn import MOE_FFN
 from pyllm.testing.suite import OperationSuite
@@ -48,6 +48,22 @@ def test_nan_stays_with_its_token() -> None:
     # Another row changes no bit only where the products of a row do not depend on its neighbours.
     torch.testing.assert_close(y[rest], clean[rest])
     assert y[4].isnan().all()
+
+
+@pytest.mark.parametrize("activation", ["swiglu", "gelu"])
+@pytest.mark.parametrize("face", available_faces("moe_ffn"))
+def test_pre_activations_far_from_zero(face: str, activation: str) -> None:
+    """Where the activation is 0 or the identity: up to 100, against the reference in float64."""
+    case = MOE_FFN.case({**MOE_FFN.smoke[2], "act": activation})
+    inputs = case.make_inputs(torch.float32)
+    inputs["x"] *= 30
+    assert (inputs["x"] @ inputs["w_in"][0].T).abs().max() > 50
+    y = moe_ffn(**inputs, face=face)
+    wide = {
+        n: v.double() if getattr(v, "is_floating_point", bool)() else v for n, v in inputs.items()
+    }
+    truth = moe_ffn(**wide, face="reference")
+    assert float((y - truth).abs().max()) <= 1e-5 * float(truth.abs().max())
 
 
 def test_autocast_computes_in_its_dtype() -> None:
