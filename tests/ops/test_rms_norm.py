@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from pyllm.ops import rms_norm
+from pyllm.ops import available_faces, rms_norm
 from pyllm.ops._registry import face_module
 from pyllm.testing.cases.rms_norm import RMS_NORM
 from pyllm.testing.suite import OperationSuite
@@ -24,6 +24,16 @@ def test_nan_stays_in_its_row(bad: float) -> None:
     rest = [0, 1, 3, 4]
     assert torch.equal(y[rest], clean[rest])
     assert y[2].isnan().any()
+
+
+@pytest.mark.parametrize("size", [1e-6, 1e-3, 1e6, 1e18])
+@pytest.mark.parametrize("face", [face for face in available_faces("rms_norm") if face != "triton"])
+def test_rows_of_any_size(face: str, size: float) -> None:
+    """Where eps is most of the divisor, and where it is nothing."""
+    x, weight = torch.randn(4, 33) * size, torch.randn(33)
+    y = rms_norm(x, weight, face=face)
+    truth = rms_norm(x.double(), weight.double(), face="reference")
+    assert float((y - truth).abs().max()) <= 1e-6 * float(truth.abs().max())
 
 
 def test_float16_does_not_overflow() -> None:

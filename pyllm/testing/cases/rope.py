@@ -63,6 +63,7 @@ ROPE = Operation(
         {"T": 3, "K": 8, "H": 2, "B": 0, "ragged": True},
         {"T": 2100, "K": 4, "H": 2, "B": 1, "ragged": False},
         {"T": 9, "K": 128, "H": 40, "B": 1, "ragged": False},
+        {"T": 5, "K": 256, "H": 3, "B": 2, "ragged": True},
     ),
     tiny={"T": 3, "K": 4, "H": 2, "B": 2, "ragged": False},
     smoke=(
