@@ -3,16 +3,16 @@
     python benchmarks/moe_vs_dense.py
 
 The twin computes as much for each token as the chosen experts do. It is trained on as many tokens
-as the mixture, and once more for as many steps as it makes in the mixture's time (by the speed of
-the first pair). For each seed; the order of the two alternates, so that a machine that slows down
-slows both. Writes ``benchmarks/results/moe-vs-dense-<date>.json`` and ``moe-vs-dense.svg``.
+as the mixture, and once more for as many steps as it makes in the mixture's time. A step counts
+with the median over its run, so that what else the machine does for a while weighs on neither; how
+many steps that gives is read off the first pair. For each seed; the order of the two alternates.
+Writes ``benchmarks/results/moe-vs-dense-<date>.json`` and ``moe-vs-dense.svg``.
 """
 
 import sys
 from dataclasses import asdict, dataclass, replace
-from itertools import accumulate
 from pathlib import Path
-from statistics import mean
+from statistics import mean, median
 from typing import Any
 
 from pyllm._checks import check_size
@@ -81,7 +81,7 @@ def main(config: Config) -> None:
     for seed in range(config.seeds):
         for kind in ((MIXTURE, TWIN), (TWIN, MIXTURE))[seed % 2] + (LONGER,):
             if kind == LONGER and LONGER not in steps:
-                spent = [runs[each][0]["step_seconds"] for each in (MIXTURE, TWIN)]
+                spent = [runs[each][0]["median_step"] for each in (MIXTURE, TWIN)]
                 steps[LONGER] = max(round(config.steps * spent[0] / spent[1]), 1)
             result = run_training(
                 RunConfig(
@@ -116,18 +116,19 @@ def main(config: Config) -> None:
 
 
 def _curve(result: Any, tokens_per_step: int) -> dict[str, Any]:
-    """Validation losses of a run, over tokens and over the seconds spent in its steps."""
+    """Validation losses of a run, over tokens and over the seconds that its steps take."""
     from pyllm.train.log import read_metrics
 
     rows = read_metrics(result.folder)
-    clock = list(accumulate(tokens_per_step / row["tok_per_sec"] for row in rows))
-    kept = [(row, clock[at]) for at, row in enumerate(rows) if "val_loss" in row]
+    spent = [tokens_per_step / row["tok_per_sec"] for row in rows]
+    kept = [row for row in rows if "val_loss" in row]
     return {
-        "tokens": [row["step"] * tokens_per_step for row, _ in kept],
-        "seconds": [seconds for _, seconds in kept],
-        "val_losses": [row["val_loss"] for row, _ in kept],
+        "tokens": [row["step"] * tokens_per_step for row in kept],
+        "seconds": [row["step"] * median(spent) for row in kept],
+        "val_losses": [row["val_loss"] for row in kept],
         "val_bpb": result.val_bpb and result.val_bpb.value,
-        "step_seconds": clock[-1],
+        "median_step": median(spent),
+        "all_steps": sum(spent),
     }
 
 
@@ -149,7 +150,7 @@ def _summary(runs: dict[str, list[dict[str, Any]]]) -> dict[str, dict[str, Any]]
             "val_loss": mean(last),
             "val_loss_spread": max(last) - min(last),
             "val_bpb": None if None in bits else mean(bits),
-            "step_seconds": mean(run["step_seconds"] for run in each),
+            "median_step": mean(run["median_step"] for run in each),
         }
     return found
 
