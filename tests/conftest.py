@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -25,6 +25,7 @@ if not torch.cuda.is_available():
 
 
 _TERMINAL = pytest.StashKey[TextIO]()
+_VERDICTS = pytest.StashKey[dict[tuple[str, str], bool]]()
 HANG_SECONDS = 10
 """One generated input may take this long; then the whole test run is stopped with a traceback."""
 
@@ -95,3 +96,43 @@ def set_threads() -> Iterator[Callable[[int], None]]:
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def record_mutant(request: pytest.FixtureRequest) -> Callable[[str, str, bool], None]:
+    """Write down whether a planted fault was seen, for the kill rate at the end."""
+    verdicts = request.config.stash.setdefault(_VERDICTS, {})
+
+    def record(operation: str, mutant: str, killed: bool) -> None:
+        verdicts[operation, mutant] = killed
+
+    return record
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Under `pytest -n`, a worker hands over what it wrote down."""
+    output = getattr(session.config, "workeroutput", None)
+    if output is not None:
+        verdicts = session.config.stash.get(_VERDICTS, {})
+        output["verdicts"] = [[*key, killed] for key, killed in verdicts.items()]
+
+
+@pytest.hookimpl(optionalhook=True)  # of pytest-xdist
+def pytest_testnodedown(node: Any) -> None:
+    """Under `pytest -n`, what a worker handed over; nothing if it crashed."""
+    verdicts = node.config.stash.setdefault(_VERDICTS, {})
+    for operation, mutant, killed in getattr(node, "workeroutput", {}).get("verdicts", ()):
+        verdicts[operation, mutant] = killed
+
+
+def pytest_terminal_summary(
+    terminalreporter: pytest.TerminalReporter, config: pytest.Config
+) -> None:
+    verdicts = config.stash.get(_VERDICTS, {})
+    if not verdicts:
+        return
+    killed = sum(verdicts.values())
+    terminalreporter.write_line(f"mutants killed: {killed} of {len(verdicts)}")
+    for (operation, mutant), seen in verdicts.items():
+        if not seen:
+            terminalreporter.write_line(f"  alive: {operation}: {mutant}", red=True)

@@ -110,10 +110,14 @@ class CausalSelfAttention(nn.Module):
             # Nothing to look back to, and padding is on the right, where no real query sees it.
             cache.append(layer, k_BTGK, v_BTGK, counts)
             return attention(q_BTHK, k_BTGK, v_BTGK, window=self.window, sinks=self.sinks)
-        if n_tokens > PIECE and counts is None and cache.is_even and not cache.rolling:
-            # Matrix products pay for a long block. All of its keys lie side by side.
+        if n_tokens > PIECE and counts is None and cache.is_even:
+            # Matrix products pay for a long block, with all that it sees side by side.
+            seen = cache.look_back(layer)
             cache.append(layer, k_BTGK, v_BTGK)
-            k_BSGK, v_BSGK = (x[:, : cache.length + n_tokens] for x in cache.slots(layer))
+            k_BSGK, v_BSGK = (
+                torch.cat([old.to(new.dtype), new], dim=1)
+                for old, new in zip(seen, (k_BTGK, v_BTGK), strict=True)
+            )
             return attention(q_BTHK, k_BSGK, v_BSGK, window=self.window, sinks=self.sinks)
         pieces = []
         for before in range(0, max(n_tokens, 1), PIECE):

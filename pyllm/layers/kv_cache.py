@@ -17,8 +17,8 @@ from pyllm.layers._checks import check_sizes
 from pyllm.ops import kv_append
 
 PIECE = 16
-"""New tokens that a rolling cache takes at once: it has room for so many beside the window of the
-first. Longer blocks are cut."""
+"""New tokens that a rolling cache takes in at once without writing over what the first of them
+sees: it has room for so many beside the window. A longer block must look back first."""
 
 
 class KVCache:
@@ -128,6 +128,37 @@ class KVCache:
             raise ValueError(f"kv cache: layer must be from 0 to {n_layers - 1}, got {layer}")
         k_cache_BSGK, v_cache_BSGK = self._store_L2BSGK[layer]
         return k_cache_BSGK, v_cache_BSGK
+
+    def look_back(self, layer: int) -> tuple[Tensor, Tensor]:
+        """What the next positions see of this layer, in order: the sinks, then the window.
+
+        For sequences of one length. A position between the sinks and the window is left out, so
+        that a query which follows finds its window, and its sinks, where
+        :func:`pyllm.ops.attention` looks for them.
+
+        Returns:
+            Keys and values, (B, P, G, K): views where the cache is contiguous, else copies.
+
+        Raises:
+            ValueError: no such layer, or sequences of different lengths.
+        """
+        k_cache_BSGK, v_cache_BSGK = self.slots(layer)
+        if not self.is_even:
+            raise ValueError(
+                f"kv cache: only sequences of one length look back together, got {self._lengths}"
+            )
+        length = self.length
+        if not self.rolling:
+            return k_cache_BSGK[:, :length], v_cache_BSGK[:, :length]
+        assert self.window is not None
+        ring = k_cache_BSGK.shape[1] - self.sinks
+        first_seen = max(self.sinks, length - self.window + 1)
+        places = [
+            *range(min(self.sinks, length)),
+            *(self.sinks + (seen - self.sinks) % ring for seen in range(first_seen, length)),
+        ]
+        slots = torch.tensor(places, dtype=torch.int64, device=k_cache_BSGK.device)
+        return k_cache_BSGK.index_select(1, slots), v_cache_BSGK.index_select(1, slots)
 
     def append(
         self,

@@ -231,3 +231,26 @@ def test_a_cache_of_inference_mode_serves_outside_of_it_and_the_other_way_round(
             results.append(layer(x, None, cache))
             cache.advance(3)
     assert torch.equal(results[1], results[2]) and not torch.equal(results[0], results[1])
+
+
+@pytest.mark.parametrize("steps", [[1], [4], [9], [PIECE], [50], [1] * 70, [30, 25]])
+def test_looking_back_gives_the_sinks_and_the_window_in_order(steps: list[int]):
+    rolls = KVCache(2, 1, 1000, 1, 1, window=5, sinks=3, rolling=True)
+    grows = KVCache(1, 2, 1000, 1, 1, window=5, sinks=3)
+    for cache in (rolls, grows):
+        append(cache, *steps)
+    length = sum(steps)
+    keys, values = rolls.look_back(0)
+    seen = [*range(min(3, length)), *range(max(3, length - 4), length)]
+    assert keys.flatten().tolist() == values.flatten().tolist() == seen
+    keys, values = grows.look_back(0)
+    assert keys[1].flatten().tolist() == values[0].flatten().tolist() == list(range(length))
+
+
+def test_only_sequences_of_one_length_look_back_together():
+    cache = KVCache(1, 2, 8, 1, 1)
+    new = numbered(2, 0, 3)
+    cache.append(0, new, new, [3, 1])
+    cache.advance([3, 1])
+    with pytest.raises(ValueError, match=r"only sequences of one length .* got \[3, 1\]"):
+        cache.look_back(0)
