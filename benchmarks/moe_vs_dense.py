@@ -6,6 +6,7 @@ The twin computes as much for each token as the chosen experts do. It is trained
 as the mixture, and once more for as many steps as it makes in the mixture's time. A step counts
 with the median over its run, so that what else the machine does for a while weighs on neither; how
 many steps that gives is read off the first pair. For each seed; the order of the two alternates.
+The sum of all steps stands beside it. Learning rate and batch were tuned on the mixture.
 Writes ``benchmarks/results/moe-vs-dense-<date>.json`` and ``moe-vs-dense.svg``.
 """
 
@@ -48,6 +49,7 @@ class Config:
 def main(config: Config) -> None:
     """Train all of them, compare, draw."""
     sys.path.insert(0, str(Path(__file__).resolve().parent))
+    import torch
     from _record import Record
     from _texts import choose_text
 
@@ -71,6 +73,7 @@ def main(config: Config) -> None:
     record.add(
         command=f"python benchmarks/moe_vs_dense.py --steps {config.steps} --seeds {config.seeds}",
         text=name,
+        threads=config.threads or torch.get_num_threads(),
         train=asdict(train),
         mixture=count_parameters(mixture)._asdict(),
         dense=count_parameters(twin)._asdict(),
@@ -150,7 +153,9 @@ def _summary(runs: dict[str, list[dict[str, Any]]]) -> dict[str, dict[str, Any]]
             "val_loss": mean(last),
             "val_loss_spread": max(last) - min(last),
             "val_bpb": None if None in bits else mean(bits),
+            "val_bpb_spread": None if None in bits else max(bits) - min(bits),
             "median_step": mean(run["median_step"] for run in each),
+            "all_steps": mean(run["all_steps"] for run in each),
         }
     return found
 

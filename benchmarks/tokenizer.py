@@ -60,8 +60,8 @@ def count_tokens(tokenizer: "Tokenizer", texts: list[str]) -> int:
     return sum(len(ids) for batch in batches for ids in tokenizer.encode_batch(batch))
 
 
-def main(config: Config) -> None:
-    """Measure and write."""
+def main(config: Config) -> int:
+    """Measure and write; 1 where the two trainers learn different merges."""
     sys.path.insert(0, str(Path(__file__).resolve().parent))
     import tokenizers
     from _record import Record
@@ -136,6 +136,7 @@ def main(config: Config) -> None:
             f"encodes {n_bytes / 1e6 / min(encoding[kind]['seconds']):.1f} MB/s"
         )
     print(record.path)
+    return 0 if same else 1
 
 
 if __name__ == "__main__":

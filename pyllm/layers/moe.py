@@ -1,5 +1,6 @@
 """The sparse mixture of experts as a layer: an fp32 router, stacked experts, a dispatcher."""
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import NamedTuple, Protocol
 
@@ -109,6 +110,15 @@ class MoE(nn.Module):
         self.shared = MLP(width, n_shared * hidden, activation) if n_shared else None
         self.router_bias: Tensor | None
         self.register_buffer("router_bias", torch.zeros(n_experts) if router_bias else None)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "MoE":
+        # The router works in fp32, and steps of 0.001 are lost in bf16: only the device may change.
+        bias = self.router_bias
+        super()._apply(fn, recurse)
+        now = self.router_bias
+        if bias is not None and now is not None and now.dtype != torch.float32:
+            self.router_bias = bias.to(now.device)
+        return self
 
     @torch.no_grad()
     def move_bias(self, tokens_per_expert_E: Tensor, rate: float) -> None:

@@ -49,7 +49,7 @@ class ModelConfig:
     """Key-value heads; must divide n_heads."""
     d_ff: int = 384
     """Hidden width of an expert. A dense layer of a model with experts (moe_every above 1) is
-    top_k times as wide, so that every layer has the same active compute."""
+    top_k + n_shared_experts times as wide, so that every layer has the same active compute."""
     norm: str = "rms"
     """rms or layer."""
     norm_eps: float = 1e-5
@@ -162,6 +162,11 @@ class ModelConfig:
     def head_dim(self) -> int:
         """Width of one head."""
         return self.d_model // self.n_heads
+
+    @property
+    def d_ff_dense(self) -> int:
+        """Hidden width of a dense layer: of as many experts as a mixture runs for a token."""
+        return self.d_ff * (self.top_k + self.n_shared_experts if self.moe_every else 1)
 
     def is_moe(self, layer: int) -> bool:
         """Is this layer a mixture of experts?"""

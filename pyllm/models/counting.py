@@ -46,11 +46,12 @@ def count_parameters(config: ModelConfig) -> ParameterCount:
     heads = config.n_heads + 2 * config.n_kv_heads
     attention = heads * config.head_dim * width + width * width
     norm = width * (2 if config.norm == "layer" else 1)
-    expert = (3 if config.activation == "swiglu" else 2) * width * config.d_ff
+    per_channel = (3 if config.activation == "swiglu" else 2) * width
+    expert = per_channel * config.d_ff
     sparse, dense = config.n_moe_layers, config.n_layers - config.n_moe_layers
     shared = config.n_layers * (attention + 2 * norm) + norm
     shared += sparse * config.n_experts * width  # the routers
-    shared += dense * expert * (config.top_k if config.moe_every else 1)
+    shared += dense * per_channel * config.d_ff_dense
     shared += sparse * config.n_shared_experts * expert
     experts = sparse * config.n_experts * expert
     running = sparse * config.top_k * expert

@@ -64,8 +64,7 @@ class Block(nn.Module):
                 router_bias=config.router_bias,
             )
         else:
-            hidden = config.d_ff * (config.top_k if config.moe_every else 1)
-            self.ffn = MLP(config.d_model, hidden, config.activation)
+            self.ffn = MLP(config.d_model, config.d_ff_dense, config.activation)
 
     def forward(
         self,

@@ -208,12 +208,14 @@ class Trainer:
             for layer in zip(load_LE.tolist(), idle, strict=True)
         ]
         self.progress.idle_steps = idle
+        by_bias = self.model.config.router_bias
+        remedy = "--train.bias-rate" if by_bias else "--train.balance-coef"
         for layer, steps_E in enumerate(idle):
             for expert, steps in enumerate(steps_E):
                 if steps == DEAD_AFTER_STEPS:
                     warnings.warn(
-                        f"MoE layer {layer + 1}: expert {expert} got no token for {steps} steps; "
-                        "raise --train.balance-coef",
+                        f"MoE layer {layer} of 0 to {len(idle) - 1}: expert {expert} got no token "
+                        f"for {steps} steps; raise {remedy}",
                         stacklevel=2,
                     )
         ratio = (share_LE.amax(-1) * share_LE.shape[1]).mean().item()

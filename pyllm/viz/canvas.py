@@ -9,13 +9,15 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 
-def new_figure(width: float = 8, height: float = 4.5, panels: int = 1) -> tuple[Figure, Any]:
-    """An empty figure of so many inches, with panels side by side."""
+def new_figure(
+    width: float = 8, height: float = 4.5, panels: int = 1, rows: int = 1
+) -> tuple[Figure, Any]:
+    """An empty figure of so many inches, with panels side by side, in rows below each other."""
     # Figure rather than pyplot: no global state and no window system.
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots(1, panels)
-    for axis in np.atleast_1d(axes):
+    axes = figure.subplots(rows, panels)
+    for axis in np.ravel(axes):
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(alpha=0.25)
     return figure, axes

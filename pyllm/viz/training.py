@@ -9,6 +9,8 @@ import numpy as np
 
 from pyllm.viz.canvas import new_figure, save_figure
 
+PANELS_IN_A_ROW = 7
+
 
 def smoothed(
     values: Sequence[float] | np.ndarray[Any, Any], share: float = 0.02
@@ -60,26 +62,31 @@ def plot_expert_load(
     load: Sequence[Sequence[Sequence[float]]],
     max_over_mean: Sequence[float],
 ) -> None:
-    """Each expert's share of the tokens over training, one panel a layer, and the imbalance.
+    """Each expert's share of the tokens over training, one panel a MoE layer, and the imbalance.
 
     Args:
         path: of the PNG.
         steps: step numbers.
-        load: (steps, layers, experts): shares that sum to one over the experts.
+        load: (steps, MoE layers, experts): shares that sum to one over the experts. Layers are
+            counted from 0, as `generate.py --expert-layer` counts them.
         max_over_mean: the busiest expert's load over the mean, averaged over layers.
     """
     load_SLE = np.asarray(load)
     n_layers, n_experts = load_SLE.shape[1:]
-    panels = min(n_layers, 6)
-    figure, axes = new_figure(3 * (panels + 1), 3.4, panels + 1)
-    for layer, axis in zip(range(panels), axes, strict=False):
+    columns = min(n_layers + 1, PANELS_IN_A_ROW)
+    rows = math.ceil((n_layers + 1) / columns)
+    figure, axes = new_figure(3 * columns, 3.4 * rows, columns, rows)
+    layers, rest = np.ravel(axes)[:n_layers], np.ravel(axes)[n_layers:]
+    for layer, axis in enumerate(layers):
         curves = [smoothed(load_SLE[:, layer, expert]) for expert in range(n_experts)]
         axis.stackplot(steps, curves, alpha=0.85)
-        axis.set(title=f"layer {layer + 1}", xlabel="step", ylim=(0, 1))
-        axis.set_ylabel("share of the tokens" if layer == 0 else "")
-    axes[-1].plot(steps, smoothed(max_over_mean), color="black")
-    axes[-1].axhline(1.0, color="grey", linestyle=":", linewidth=1)
-    axes[-1].set(title="busiest expert / mean", xlabel="step")
+        axis.set(title=f"MoE layer {layer}", xlabel="step", ylim=(0, 1))
+        axis.set_ylabel("share of the tokens" if layer % columns == 0 else "")
+    rest[0].plot(steps, smoothed(max_over_mean), color="black")
+    rest[0].axhline(1.0, color="grey", linestyle=":", linewidth=1)
+    rest[0].set(title="busiest expert / mean", xlabel="step")
+    for axis in rest[1:]:
+        axis.remove()
     save_figure(figure, path)
 
 

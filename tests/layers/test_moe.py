@@ -164,3 +164,13 @@ def test_even_routing_has_a_balance_loss_of_one_and_a_skewed_one_more():
         layer.router[2] = 1.0
     _, skewed = layer(torch.rand(2, 50, 32))
     assert skewed.balance_loss.item() > 3.9
+
+
+def test_the_bias_stays_in_float32_whatever_the_model():
+    layer = MoE(8, 4, 3, 1, "gelu", router_bias=True)
+    layer.move_bias(torch.tensor([3, 0, 0]), 0.001)
+    bias = layer.router_bias.clone()
+    layer.bfloat16()
+    assert layer.w_in.dtype == torch.bfloat16
+    assert torch.equal(layer.router_bias, bias) and layer.router_bias.dtype == torch.float32
+    layer(torch.randn(1, 5, 8, dtype=torch.bfloat16))

@@ -4,6 +4,8 @@ import math
 
 import pytest
 import torch
+from transformers import LlamaConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from pyllm.layers import (
     LayerNorm,
@@ -12,6 +14,7 @@ from pyllm.layers import (
     RotaryTable,
     SinusoidalPositions,
 )
+from pyllm.layers.rope_scaling import rotation
 from pyllm.ops import rope
 
 
@@ -64,6 +67,27 @@ def test_yarn_stretches_by_turns_and_sharpens():
         assert math.atan2(sin[0, i], cos[0, i]) == pytest.approx(wanted, abs=1e-6), i
         size = math.hypot(sin[0, i], cos[0, i])
         assert size == pytest.approx(0.1 * math.log(16) + 1, abs=1e-6)
+
+
+@pytest.mark.parametrize("head_dim", [8, 64, 128])
+@pytest.mark.parametrize("theta", [10_000.0, 500_000.0])
+@pytest.mark.parametrize("scaling", ["linear", "llama3", "yarn"])
+def test_wavelengths_are_those_of_transformers(scaling: str, theta: float, head_dim: int):
+    settings = {"rope_type": scaling, "rope_theta": theta, "factor": 8.0}
+    if scaling != "linear":
+        settings |= {"original_max_position_embeddings": 2048}
+    if scaling == "llama3":
+        settings |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    config = LlamaConfig(
+        hidden_size=head_dim,
+        num_attention_heads=1,
+        max_position_embeddings=8 * 2048,
+        rope_parameters=settings,
+    )
+    frequency_J, magnitude = ROPE_INIT_FUNCTIONS[scaling](config, torch.device("cpu"))
+    got = rotation(head_dim, theta, scaling, 8.0, 2048)
+    torch.testing.assert_close(got.frequency_J.float(), frequency_J, rtol=1e-6, atol=0)
+    assert got.magnitude == pytest.approx(magnitude)
 
 
 @pytest.mark.parametrize(

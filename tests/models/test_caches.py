@@ -12,7 +12,7 @@ from pyllm.layers.kv_cache import PIECE
 from pyllm.models import ModelConfig, Transformer
 
 WINDOW, CONTEXT = 5, 150
-# Dense: a router works in float32 whatever the model's dtype.
+# Dense: a router works in float32 whatever the model's dtype. MIXTURE is compared less strictly.
 TINY = ModelConfig(
     vocab_size=61,
     max_seq_len=CONTEXT,
@@ -22,6 +22,19 @@ TINY = ModelConfig(
     n_kv_heads=2,
     d_ff=24,
     moe_every=0,
+)
+MIXTURE = replace(
+    TINY,
+    n_layers=4,
+    moe_every=2,
+    n_experts=5,
+    n_shared_experts=1,
+    router_bias=True,
+    rope_scaling="yarn",
+    rope_factor=4.0,
+    rope_original_len=40,
+    window=9,
+    attention_sinks=2,
 )
 ROLLING = {
     "window": replace(TINY, window=WINDOW),
@@ -62,10 +75,10 @@ def run(model: Transformer, new: Tensor, cache: KVCache, counts: list[int] | Non
     return x_BTD @ model.output_weight.t()
 
 
-def assert_same(got: Tensor, expected: Tensor) -> None:
+def assert_same(got: Tensor, expected: Tensor, tolerance: float = 1e-9) -> None:
     """In float64 two orders of the same sums differ by 1e-12; anything forgotten by 1e-2."""
     assert expected.std() > 0.2
-    torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(got, expected, rtol=tolerance, atol=tolerance)
     assert torch.equal(got.argmax(-1), expected.argmax(-1))
 
 
@@ -116,6 +129,21 @@ def test_rows_of_different_length(name: str, rolling: bool) -> None:
             if count:
                 assert_same(logits[row, :count], expected[row, start : start + count])
         assert cache.lengths.tolist() == [a + b for a, b in zip(starts, counts, strict=True)]
+
+
+@pytest.mark.parametrize("rolling", [False, True], ids=["contiguous", "rolling"])
+def test_a_mixture_with_everything(rolling: bool) -> None:
+    """Experts, shared ones, a bias on their choice, a hybrid stack, stretched positions."""
+    model = make_model(MIXTURE)
+    for layer, block in enumerate(model.blocks):
+        if MIXTURE.is_moe(layer):
+            block.ffn.router_bias.normal_(std=0.1)
+    ids = some_ids(2, CONTEXT)
+    expected = model(ids).logits
+    for block in (1, PIECE, 40):
+        cache = model.new_cache(2, rolling=rolling)
+        pieces = [run(model, new, cache) for new in ids.split(block, dim=1)]
+        assert_same(torch.cat(pieces, dim=1), expected, 1e-5)
 
 
 @pytest.mark.parametrize(("name", "rolling"), CACHES, ids=IDS)

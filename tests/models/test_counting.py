@@ -18,6 +18,7 @@ CONFIGS = PRESETS | {
     "window": replace(SMALL, window=7),
     "sinks": replace(SMALL, window=7, attention_sinks=3),
     "shared experts": replace(SMALL, n_shared_experts=2, router_bias=True),
+    "hybrid, shared experts": replace(SMALL, moe_every=2, n_shared_experts=2),
     "one kv head": replace(SMALL, n_kv_heads=1),
     "sinusoidal, layer": replace(SMALL, position="sinusoidal", norm="layer"),
     "dense gelu": replace(SMALL, moe_every=0, activation="gelu"),
@@ -58,7 +59,9 @@ def test_parameters_follow_from_the_shapes(config):
     norm = width * (2 if config.norm == "layer" else 1)
     expert = gates * width * config.d_ff
     sparse, dense = config.n_moe_layers, config.n_layers - config.n_moe_layers
-    dense_mlp = expert * (config.top_k if config.moe_every else 1)
+    dense_mlp = expert
+    if config.moe_every:  # every layer has the same active compute
+        dense_mlp *= config.top_k + config.n_shared_experts
     embedding = config.vocab_size * width * (1 if config.tie_embeddings else 2)
     embedding += config.max_seq_len * width * (config.position == "learned")
     shared = config.n_layers * (heads * config.head_dim * width + width * width + 2 * norm) + norm

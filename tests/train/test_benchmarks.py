@@ -192,7 +192,10 @@ def test_scaling_benchmark(
     compute = [run["compute"] for run in content["runs"]]
     assert compute == sorted(compute)
     assert content["measured"] == content["runs"][-1]["val_loss"]
-    assert content["predicted"] > 0
+    losses = [run["val_loss"] for run in content["runs"]]
+    fit = runpy.run_path(str(BENCHMARKS / "scaling.py"))["fit_power_law"]
+    assert content["predicted"] == pytest.approx(fit(compute[:-1], losses[:-1])(compute[-1]))
+    assert content["predicted"] != pytest.approx(fit(compute, losses)(compute[-1]), rel=1e-6)
     assert "<svg" in (file.parent / "scaling.svg").read_text(encoding="utf-8")
 
 

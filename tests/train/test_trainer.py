@@ -205,7 +205,7 @@ def test_a_dead_expert_is_named(
             if not any(shares)
         ]
         assert (
-            f"MoE layer {layer + 1}: expert {dead[0]} got no token for 2 steps; raise "
+            f"MoE layer {layer} of 0 to 1: expert {dead[0]} got no token for 2 steps; raise "
             "--train.balance-coef"
         ) in messages
 

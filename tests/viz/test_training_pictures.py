@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
-from pyllm.viz import plot_curves, plot_expert_load, plot_loss
+from pyllm.viz import plot_curves, plot_expert_load, plot_loss, training
 from pyllm.viz.training import smoothed
 
 STEPS = list(range(1, 51))
@@ -68,6 +68,18 @@ def test_expert_load_has_an_area_for_each_expert(tmp_path: Path, n_layers: int) 
     colours, counts = np.unique(image, axis=0, return_counts=True)
     areas = [c for c in colours[counts > image.shape[0] // 100] if np.ptp(c) > 40]
     assert len(areas) >= 3
+
+
+@pytest.mark.parametrize("n_layers", [1, 6, 12])
+def test_no_layer_is_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, n_layers: int
+) -> None:
+    drawn = []
+    monkeypatch.setattr(training, "save_figure", lambda figure, path: drawn.append(figure))
+    load = np.full((50, n_layers, 4), 0.25)
+    plot_expert_load(tmp_path / "load.png", STEPS, load.tolist(), [1.0] * 50)
+    titles = [axis.get_title() for axis in drawn[0].axes]
+    assert titles == [*(f"MoE layer {layer}" for layer in range(n_layers)), "busiest expert / mean"]
 
 
 def test_named_curves(tmp_path: Path) -> None:
