@@ -117,7 +117,7 @@ def read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ValueError(f"{path}: no such file; expected a model folder, such as runs/<name>/best")
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8-sig"))  # Notepad puts a BOM in front
     except (ValueError, RecursionError) as error:  # both json's and unicode's are ValueErrors
         raise ValueError(f"{path}: not a JSON file ({error})") from None
     if not isinstance(content, dict):

@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from pyllm.export import write_hugging_face
+import pyllm
+from pyllm.export import TextSettings, write_hugging_face
 from pyllm.models import Transformer, load_model, load_transformer
 from pyllm.models.folder import load_config
 
@@ -177,10 +178,18 @@ def test_the_tokenizer_begins_a_text_as_in_training(transformers, tokenizer, tmp
     assert back.encode(text) == tokenizer.encode(text)
 
 
-def test_an_answer_ends_at_the_end_of_a_turn(transformers, tokenizer, tmp_path):
-    write_hugging_face(tmp_path / "out", lively(small(tokenizer)), tokenizer)
-    settings = transformers.GenerationConfig.from_pretrained(tmp_path / "out")
-    assert settings.eos_token_id == [0, tokenizer.token_to_id("<|im_end|>")]
+def test_the_end_of_a_turn_ends_a_text_only_where_the_model_was_tuned_for_it(
+    transformers, tokenizer, tmp_path
+):
+    model, end = lively(small(tokenizer)), tokenizer.end_of_text_id
+    tuned = replace(TextSettings.of_tokenizer(tokenizer), stop_ids=[end, 3])
+    for name, texts, stops in (("base", None, end), ("tuned", tuned, [end, 3])):
+        write_hugging_face(tmp_path / name, model, tokenizer, texts=texts)
+        for file in (transformers.GenerationConfig, transformers.AutoConfig):
+            assert file.from_pretrained(tmp_path / name).eos_token_id == stops
+    assert tokenizer.token_to_id("<|im_end|>") == 3
+    assert pyllm.load(tmp_path / "tuned", device="cpu").tuned_for_chat
+    assert not pyllm.load(tmp_path / "base", device="cpu").tuned_for_chat
 
 
 def test_the_dtype_is_as_asked_for(tokenizer, tmp_path):

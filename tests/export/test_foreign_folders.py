@@ -1,0 +1,287 @@
+"""What others publish is loaded, prompted and stopped as they say, and exported so, too."""
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import pyllm
+from pyllm.export import read_text_settings, write_gguf, write_hugging_face
+from pyllm.generate import LanguageModel, SamplingConfig
+from pyllm.models import load_model, load_transformer
+from pyllm.tokenizers import Tokenizer
+
+from .foreign import like_llama3, make_folder, template
+from .ggml_forward import GGUF
+
+PROMPT = "Once there was a fox"
+GREEDY = SamplingConfig(greedy=True, max_new_tokens=60)
+Content = dict[str, Any]
+
+
+def bare(tokenizer: Tokenizer) -> tuple[Content, Any, Content]:
+    """Nothing before a text; ``<|im_end|>`` ends one, as SmolLM2-Instruct has it."""
+    names = {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>"}
+    return tokenizer.content, tokenizer.token_to_id("<|im_end|>"), names
+
+
+def llama3(tokenizer: Tokenizer) -> tuple[Content, Any, Content]:
+    content = like_llama3(tokenizer)
+    ids = {token["content"]: token["id"] for token in content["added_tokens"]}
+    names = {"bos_token": "<|begin_of_text|>", "eos_token": "<|eot_id|>"}
+    jinja = "{{ bos_token }}{% for m in messages %}{{ m['content'] + '<|eot_id|>' }}{% endfor %}"
+    return content, [ids["<|end_of_text|>"], ids["<|eot_id|>"]], names | {"chat_template": jinja}
+
+
+def around(tokenizer: Tokenizer) -> tuple[Content, Any, Content]:
+    """Two tokens before a text and one behind it, which generating leaves out."""
+    ids = tokenizer.special_tokens
+    mark = template("<|pad|>", "<|im_start|>", after=("<|im_end|>",), ids=ids)
+    return tokenizer.content | {"post_processor": mark}, 0, {"eos_token": "<|endoftext|>"}
+
+
+KINDS = {"bare": bare, "llama3": llama3, "around": around}
+
+
+@pytest.fixture(params=KINDS)
+def theirs(request, transformers, tokenizer, tmp_path) -> Path:
+    content, stops, names = KINDS[request.param](tokenizer)
+    return make_folder(transformers, tmp_path / "theirs", content, stops, names)
+
+
+@pytest.fixture
+def llama3_folder(transformers, tokenizer, tmp_path) -> Path:
+    content, stops, names = llama3(tokenizer)
+    return make_folder(transformers, tmp_path / "theirs", content, stops, names)
+
+
+def change(folder: Path, name: str, **settings: Any) -> None:
+    file = folder / name
+    file.write_text(json.dumps(json.loads(file.read_text()) | settings))
+
+
+def written(transformers, folder: Path, n_after: int) -> tuple[list[int], list[int]]:
+    """The prompt's tokens, without those put behind it, and the greedy ones, in transformers."""
+    ids = transformers.AutoTokenizer.from_pretrained(folder)(PROMPT).input_ids
+    ids = ids[: len(ids) - n_after]
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    out = model.generate(torch.tensor([ids]), max_new_tokens=60, do_sample=False)
+    return ids, out[0, len(ids) :].tolist()
+
+
+def stopping(model: LanguageModel) -> int:
+    """The first token of its greedy text that is not there before: a stop that is reached."""
+    ids = model.tokenizer.encode(model.generate(PROMPT, GREEDY))
+    return next(one for at, one in enumerate(ids) if at >= 5 and one not in ids[:at])
+
+
+def test_it_is_prompted_as_transformers_does(theirs: Path, transformers) -> None:
+    model = pyllm.load(theirs, device="cpu")
+    ids = transformers.AutoTokenizer.from_pretrained(theirs)(PROMPT).input_ids
+    assert ids == model.prompt_ids(PROMPT) + model.tokenizer.suffix_ids
+    stops = json.loads((theirs / "config.json").read_text())["eos_token_id"]
+    assert model.stop_ids == set(stops if isinstance(stops, list) else [stops])
+    assert model.tokenizer.end_of_text_id in model.stop_ids
+
+
+def test_an_exported_folder_is_prompted_and_stopped_as_before(
+    theirs: Path, transformers, tmp_path
+) -> None:
+    first = pyllm.load(theirs, device="cpu")
+    # A stop that the greedy text meets, beside those that it has.
+    stops = [*sorted(first.stop_ids), stopping(first)]
+    change(theirs, "generation_config.json", eos_token_id=stops, temperature=0.3, do_sample=True)
+    source = pyllm.load(theirs, device="cpu")
+    write_hugging_face(
+        tmp_path / "out",
+        source.model,
+        source.tokenizer,
+        texts=read_text_settings(source),
+    )
+    again = pyllm.load(tmp_path / "out", device="cpu")
+    assert again.prompt_ids(PROMPT) == source.prompt_ids(PROMPT)
+    assert again.stop_ids == source.stop_ids == set(stops)
+    assert again.tokenizer.end_of_text_id == source.tokenizer.end_of_text_id
+    assert again.tokenizer.content == source.tokenizer.content
+    text = source.generate(PROMPT, GREEDY)
+    assert again.generate(PROMPT, GREEDY) == text
+    assert text != first.generate(PROMPT, GREEDY), "the stop is not reached"
+
+    n_after = len(source.tokenizer.suffix_ids)
+    ids, new = written(transformers, tmp_path / "out", n_after)
+    assert (ids, new) == written(transformers, theirs, n_after)
+    assert ids == source.prompt_ids(PROMPT) and new[-1] == stops[-1] and len(new) < 60
+    before, after = (
+        json.loads((folder / "generation_config.json").read_text())
+        for folder in (theirs, tmp_path / "out")
+    )
+    assert after["eos_token_id"][0] == source.tokenizer.end_of_text_id
+    ids_of = ("eos_token_id", "bos_token_id")
+    assert all(after[key] == value for key, value in before.items() if key not in ids_of)
+
+
+def test_the_chat_is_exported_as_it_was(llama3_folder: Path, transformers, tmp_path) -> None:
+    source = pyllm.load(llama3_folder, device="cpu")
+    write_hugging_face(
+        tmp_path / "out", source.model, source.tokenizer, texts=read_text_settings(source)
+    )
+    messages = [{"role": "user", "content": "Hi <|eot_id|>"}]
+    again = pyllm.load(tmp_path / "out", device="cpu")
+    assert again.template.ids(messages) == source.template.ids(messages)
+    assert source.tuned_for_chat and again.tuned_for_chat
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    chat = theirs.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False)
+    assert chat == "<|begin_of_text|>Hi<|eot_id|>"
+
+
+def test_a_folder_without_a_chat_template_gets_none(transformers, tokenizer, tmp_path) -> None:
+    folder = make_folder(transformers, tmp_path / "theirs", *bare(tokenizer))
+    source = pyllm.load(folder, device="cpu")
+    texts = read_text_settings(source)
+    assert texts.chat_template is None
+    write_hugging_face(tmp_path / "out", source.model, source.tokenizer, texts=texts)
+    assert "chat_template" not in json.loads((tmp_path / "out/tokenizer_config.json").read_text())
+    write_gguf(tmp_path / "m.gguf", source.model, source.tokenizer, texts=texts)
+    assert "tokenizer.chat_template" not in GGUF(tmp_path / "m.gguf").fields
+
+
+@pytest.mark.parametrize("kind", ["bare", "llama3"])
+def test_a_gguf_file_is_prompted_and_stopped_as_before(
+    kind: str, transformers, tokenizer, tmp_path
+) -> None:
+    folder = make_folder(transformers, tmp_path / "theirs", *KINDS[kind](tokenizer))
+    first = pyllm.load(folder, device="cpu")
+    stops = [*sorted(first.stop_ids), stopping(first)]
+    change(folder, "generation_config.json", eos_token_id=stops)
+    source = pyllm.load(folder, device="cpu")
+    texts = read_text_settings(source)
+    write_gguf(tmp_path / "m.gguf", source.model, source.tokenizer, texts=texts)
+    fields = GGUF(tmp_path / "m.gguf").fields
+    names = ("eos", "eot", "eom")
+    written = [fields.get(f"tokenizer.ggml.{name}_token_id") for name in names]
+    assert written[: len(stops)] == list(texts.stop_ids) and set(texts.stop_ids) == set(stops)
+    assert fields["tokenizer.ggml.add_bos_token"] == (kind == "llama3")
+
+    llama_cpp = pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
+    llama = llama_cpp.Llama(
+        str(tmp_path / "m.gguf"), n_ctx=128, n_threads=1, type_k=0, type_v=0, verbose=False
+    )
+    assert llama.tokenize(PROMPT.encode()) == source.prompt_ids(PROMPT)
+    answer = llama(PROMPT, max_tokens=60, temperature=0.0, top_k=1, repeat_penalty=1.0)
+    text = source.generate(PROMPT, GREEDY)
+    assert answer["choices"][0]["finish_reason"] == "stop"
+    assert answer["choices"][0]["text"] == text.replace("\ufffd", "")
+
+
+def test_what_gguf_cannot_say_is_refused(transformers, tokenizer, tmp_path) -> None:
+    folder = make_folder(transformers, tmp_path / "theirs", *around(tokenizer))
+    source = pyllm.load(folder, device="cpu")
+    texts = read_text_settings(source)
+    with pytest.raises(ValueError, match=r"begins with 2 tokens \(\[1, 2\]\), .*; --to hf can"):
+        write_gguf(tmp_path / "m.gguf", source.model, source.tokenizer, texts=texts)
+    change(folder, "generation_config.json", eos_token_id=[0, 5, 6, 7])
+    content, _, _ = bare(tokenizer)
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    source = pyllm.load(folder, device="cpu")
+    with pytest.raises(
+        ValueError, match=r"4 tokens end a text \(\[0, 5, 6, 7\]\), .*; --to hf can"
+    ):
+        write_gguf(
+            tmp_path / "m.gguf", source.model, source.tokenizer, texts=read_text_settings(source)
+        )
+    assert not (tmp_path / "m.gguf").exists()
+
+
+def test_a_padded_vocabulary_may_hold_the_end(transformers, tokenizer, tmp_path) -> None:
+    """Ids beyond the tokenizer's, which the model may draw, end a text; those beyond it do not."""
+    content, stop, names = bare(tokenizer)
+    padded = tokenizer.vocab_size + 20
+    folder = make_folder(
+        transformers, tmp_path / "m", content, [padded - 1, stop], names, vocab_size=padded
+    )
+    model = pyllm.load(folder, device="cpu")
+    assert model.stop_ids == {padded - 1, stop} and model.tokenizer.end_of_text_id == stop
+    write_hugging_face(
+        tmp_path / "out", model.model, model.tokenizer, texts=read_text_settings(model)
+    )
+    assert pyllm.load(tmp_path / "out", device="cpu").stop_ids == model.stop_ids
+    change(folder, "generation_config.json", eos_token_id=[stop, padded])
+    with pytest.raises(
+        ValueError, match=f"eos_token_id must be a whole number from 0 to {padded - 1}"
+    ):
+        pyllm.load(folder, device="cpu")
+
+
+def test_a_byte_order_mark_before_config_json(llama3_folder: Path) -> None:
+    for name in ("config.json", "generation_config.json", "tokenizer_config.json"):
+        text = (llama3_folder / name).read_text()
+        (llama3_folder / name).write_text(text, encoding="utf-8-sig")
+    assert pyllm.load(llama3_folder, device="cpu").stop_ids
+
+
+REMEDY = "pyllm.models.load_transformer loads the model without it"
+ROBERTA = {
+    "type": "RobertaProcessing",
+    "sep": ["x", 1],
+    "cls": ["y", 2],
+    "trim_offsets": True,
+    "add_prefix_space": False,
+}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        # Llama 2 and Mixtral: SentencePiece's spaces, put in by a normalizer.
+        (
+            {"normalizer": {"type": "Prepend", "prepend": "\u2581"}},
+            "its normalizer is {'type': 'Prepend'.*, with which texts are lost; expected null",
+        ),
+        # Mistral 7B v0.3.
+        (
+            {
+                "pre_tokenizer": {
+                    "type": "Metaspace",
+                    "replacement": "\u2581",
+                    "prepend_scheme": "first",
+                    "split": False,
+                }
+            },
+            "its pre_tokenizer ends with {'type': 'Metaspace'.*expected ByteLevel without",
+        ),
+        (
+            {"post_processor": {"type": "Sequence", "processors": [ROBERTA]}},
+            "its post_processor is 'RobertaProcessing'; expected ByteLevel or TemplateProcessing",
+        ),
+    ],
+)
+def test_a_tokenizer_of_another_kind_is_refused_with_a_remedy_that_fits(
+    llama3_folder: Path, changes: dict[str, Any], message: str
+) -> None:
+    change(llama3_folder, "tokenizer.json", **changes)
+    with pytest.raises(ValueError, match=f"{message}.*; {REMEDY}$") as error:
+        load_model(llama3_folder)
+    assert "train_tokenizer" not in str(error.value)
+    load_transformer(llama3_folder)
+
+
+def test_no_end_of_text_is_refused(llama3_folder: Path) -> None:
+    change(llama3_folder, "config.json", eos_token_id=None)
+    change(llama3_folder, "generation_config.json", eos_token_id=None)
+    with pytest.raises(ValueError, match=f"no special token <|endoftext|>.*document; {REMEDY}$"):
+        load_model(llama3_folder)
+    change(llama3_folder, "config.json", eos_token_id=7)  # an ordinary one
+    with pytest.raises(ValueError, match=rf"and none with an id in \[7\]; {REMEDY}$"):
+        load_model(llama3_folder)
+
+
+def test_a_template_that_drops_the_text_is_refused_in_a_sequence_too(llama3_folder: Path) -> None:
+    content = json.loads((llama3_folder / "tokenizer.json").read_text())
+    wrong = copy.deepcopy(content["post_processor"])
+    wrong["processors"][1]["single"].pop()
+    change(llama3_folder, "tokenizer.json", post_processor=wrong)
+    with pytest.raises(ValueError, match="has the text 0 times in its template for one text"):
+        load_model(llama3_folder)
