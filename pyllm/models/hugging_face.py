@@ -245,8 +245,9 @@ def _check_yarn(factor: float, original_len: int, max_seq_len: int) -> None:
         raise ValueError(
             f"its rope_scaling of type yarn has the factor {factor:g}, while "
             "max_position_embeddings / original_max_position_embeddings is "
-            f"{max_seq_len} / {original_len} = {max_seq_len / original_len:g}, which transformers 4 takes instead; expected the two "
-            f"to be the same: max_position_embeddings {factor * original_len:g}"
+            f"{max_seq_len} / {original_len} = {max_seq_len / original_len:g}, which "
+            "transformers 4 takes instead; expected the two to be the same: "
+            f"max_position_embeddings {factor * original_len:g}"
         )
 
 
