@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import pyllm
+from pyllm.evaluate import score_text
 from pyllm.export import read_text_settings, write_gguf, write_hugging_face
 from pyllm.generate import LanguageModel, SamplingConfig
 from pyllm.models import load_model, load_transformer
@@ -285,3 +286,18 @@ def test_a_template_that_drops_the_text_is_refused_in_a_sequence_too(llama3_fold
     change(llama3_folder, "tokenizer.json", post_processor=wrong)
     with pytest.raises(ValueError, match="has the text 0 times in its template for one text"):
         load_model(llama3_folder)
+
+
+@pytest.mark.parametrize("count_end", [True, False])
+def test_the_loss_is_that_of_transformers(theirs: Path, transformers, count_end: bool) -> None:
+    """``labels=ids``: every token but the first, with what stands before a text among them."""
+    model = pyllm.load(theirs, device="cpu", dtype="float32")
+    begin, end = model.begin_ids, [model.tokenizer.end_of_text_id] * count_end
+    score = score_text(model.model, model.tokenizer, [PROMPT], begin_ids=begin, count_end=count_end)
+    ids = torch.tensor([[*begin, *model.tokenizer.encode(PROMPT), *end]])
+    labels = ids.clone()
+    labels[0, : len(begin)] = -100
+    other = transformers.AutoModelForCausalLM.from_pretrained(theirs, dtype=torch.float32)
+    with torch.no_grad():
+        loss = other(ids, labels=labels).loss.item()
+    assert score.loss == pytest.approx(loss, rel=1e-5)
