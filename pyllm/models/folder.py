@@ -19,8 +19,16 @@ from pyllm.models.durable import (
     write_folder,
 )
 from pyllm.models.ends import read_stop_ids
+from pyllm.models.foreign_tokenizer import check_tokenizer_files
 from pyllm.models.hugging_face import read_settings
-from pyllm.models.shards import WEIGHTS, check_weights, open_shards, read_weights, weight_files
+from pyllm.models.shards import (
+    ADAPTER,
+    WEIGHTS,
+    check_weights,
+    open_shards,
+    read_weights,
+    weight_files,
+)
 from pyllm.models.transformer import Transformer
 from pyllm.tokenizers import Tokenizer
 
@@ -134,7 +142,12 @@ def load_config(folder: str | Path) -> ModelConfig:
 
 
 def _describe(folder: Path) -> _Described:
-    path = folder / "config.json"
+    path, adapter = folder / "config.json", folder / ADAPTER
+    if adapter.is_file():
+        raise ValueError(
+            f"{adapter}: the weights of an adapter (LoRA), which would be left out; merge it first "
+            "(peft: merge_and_unload) and save the whole model"
+        )
     check_manifest(folder, [path.name])
     settings = read_json(path)
     is_ours = settings.get("model_type") == "pyllm"
@@ -206,6 +219,7 @@ def _load_tokenizer(folder: Path, described: _Described) -> Tokenizer:
     else:
         ends = read_stop_ids(folder, config.vocab_size) or []
         tokenizer = Tokenizer.load(folder, ends, _WITHOUT_TOKENIZER)
+        check_tokenizer_files(folder, tokenizer, _WITHOUT_TOKENIZER)
     if is_ours and tokenizer.hash != expected_hash:
         raise ValueError(
             f"{folder}: tokenizer.json is not the tokenizer this model was trained with; "

@@ -20,6 +20,7 @@ from pyllm.models.hugging_face import Part, tensor_parts
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "consolidated.00.pth")
+ADAPTER = "adapter_config.json"
 _FLOATS = ("F32", "BF16", "F16", "F64")
 _OUTPUT, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
@@ -62,7 +63,7 @@ class Shards:
 
 def holds_weights(folder: Path) -> bool:
     """Is there something to load, or to refuse with a better reason than that there is nothing?"""
-    return any((folder / name).is_file() for name in (WEIGHTS, INDEX, *PICKLES))
+    return any((folder / name).is_file() for name in (WEIGHTS, INDEX, *PICKLES, ADAPTER))
 
 
 def weight_files(folder: Path) -> list[str]:

@@ -301,3 +301,71 @@ def test_the_loss_is_that_of_transformers(theirs: Path, transformers, count_end:
     with torch.no_grad():
         loss = other(ids, labels=labels).loss.item()
     assert score.loss == pytest.approx(loss, rel=1e-5)
+
+
+FOX = {"content": "fox", "special": False, "lstrip": False, "rstrip": False, "normalized": False}
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "message"),
+    [
+        (
+            "tokenizer_config.json",
+            {"added_tokens_decoder": {"320": FOX}},
+            r"'fox' \(id 320\) is not in tokenizer.json, so that texts would",
+        ),
+        (
+            "tokenizer_config.json",
+            {"added_tokens_decoder": {"17": FOX | {"content": "<|im_end|>"}}},
+            r"'<.im_end.>' \(id 17\) has the id 3 in tokenizer.json",
+        ),
+        ("tokenizer_config.json", {"additional_special_tokens": ["<a>"]}, "'<a>' is not in tok"),
+        ("tokenizer_config.json", {"additional_special_tokens": [FOX]}, "'fox' is not in tok"),
+        ("tokenizer_config.json", {"extra_special_tokens": {"image": "<i>"}}, "'<i>' is not in"),
+        ("tokenizer_config.json", {"bos_token": "<s>"}, "'<s>' is not in tokenizer.json"),
+        ("special_tokens_map.json", {"pad_token": FOX}, "'fox' is not in tokenizer.json"),
+        ("added_tokens.json", {"fox": 320}, r"'fox' \(id 320\) is not in tokenizer.json"),
+        (
+            "tokenizer_config.json",
+            {"add_prefix_space": True},
+            "add_prefix_space is true, and",
+        ),
+    ],
+)
+def test_tokens_outside_of_tokenizer_json_are_refused(
+    transformers, tokenizer, tmp_path, name: str, settings: dict[str, Any], message: str
+) -> None:
+    content, stops, names = bare(tokenizer)
+    folder = make_folder(transformers, tmp_path, content, stops, names, vocab_size=330)
+    load_model(folder)
+    (folder / name).write_text(json.dumps(settings))
+    with pytest.raises(ValueError, match=f"{name}: its .*{message}.*; {REMEDY}$"):
+        load_model(folder)
+    load_transformer(folder)
+
+
+def test_what_a_saved_tokenizer_says_beside_tokenizer_json_is_let_in(
+    llama3_folder: Path, transformers
+) -> None:
+    """As save_pretrained of transformers 5 writes it, and as 4 does."""
+    before = load_model(llama3_folder)[1].content
+    transformers.AutoTokenizer.from_pretrained(llama3_folder).save_pretrained(llama3_folder)
+    added = {str(token["id"]): token for token in before["added_tokens"]}
+    change(llama3_folder, "tokenizer_config.json", added_tokens_decoder=added)
+    tokens = {token["content"]: token["id"] for token in before["added_tokens"]}
+    (llama3_folder / "added_tokens.json").write_text(json.dumps(tokens))
+    (llama3_folder / "special_tokens_map.json").write_text(
+        json.dumps({"bos_token": before["added_tokens"][0], "eos_token": "<|eot_id|>"})
+    )
+    assert load_model(llama3_folder)[1].content["model"] == before["model"]
+
+
+@pytest.mark.parametrize("whole", [True, False], ids=["beside a model", "alone"])
+def test_an_adapter_is_refused(llama3_folder: Path, whole: bool) -> None:
+    (llama3_folder / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    if not whole:
+        for name in ("model.safetensors", "config.json"):
+            (llama3_folder / name).unlink()
+    for load in (pyllm.load, load_model, load_transformer):
+        with pytest.raises(ValueError, match="adapter_config.json: .*LoRA.*; merge it first"):
+            load(llama3_folder)
