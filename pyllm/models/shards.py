@@ -175,10 +175,25 @@ def _check_tied(shards: Shards) -> None:
 
 
 def read_weights(shards: Shards, config: ModelConfig, state: dict[str, Tensor]) -> None:
-    """Copy the tensors into a model's, part by part."""
+    """Copy the tensors into a model's, part by part.
+
+    Raises:
+        ValueError: a number is NaN or infinite, or becomes so in the model's dtype.
+    """
     for name, parts in tensor_parts(config):
         for target, part in zip(split_rows(state[name], parts), parts, strict=True):
-            target.copy_(shards.tensor(part.name))
+            tensor = shards.tensor(part.name)
+            target.copy_(tensor)
+            # The extremes are NaN where a number is. 2% of the time to load 116 MB from memory, on
+            # one thread; isfinite of every number took 24%.
+            if not torch.stack(torch.aminmax(target)).isfinite().all():
+                kind = str(target.dtype).removeprefix("torch.")
+                reason = (
+                    f"a number beyond the range of {kind}; load it as another dtype"
+                    if tensor.isfinite().all()
+                    else "a number that is NaN or infinite; the file is damaged, or its model was"
+                )
+                raise ValueError(f"{shards.path}: {part.name} holds {reason}")
 
 
 def split_rows(tensor: Tensor, parts: list[Part]) -> tuple[Tensor, ...]:

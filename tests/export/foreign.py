@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from pyllm.generate import LanguageModel, SamplingConfig
 from pyllm.tokenizers import Tokenizer
 from pyllm.tokenizers.lossless import SPLITS
 
@@ -17,6 +18,9 @@ BYTE_LEVEL = {
     "trim_offsets": True,
     "use_regex": False,
 }
+PROMPT = "Once there was a fox"
+GREEDY = SamplingConfig(greedy=True, max_new_tokens=60)
+Content = dict[str, Any]
 LLAMA3_NAMES = {
     "<|endoftext|>": "<|end_of_text|>",
     "<|pad|>": "<|begin_of_text|>",
@@ -101,3 +105,38 @@ def make_folder(
     known = {"tokenizer_class": "PreTrainedTokenizerFast"} | (tokenizer_settings or {})
     (folder / "tokenizer_config.json").write_text(json.dumps(known))
     return folder
+
+
+def bare(tokenizer: Tokenizer) -> tuple[Content, Any, Content]:
+    """Nothing before a text; ``<|im_end|>`` ends one, as SmolLM2-Instruct has it."""
+    names = {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>"}
+    return tokenizer.content, tokenizer.token_to_id("<|im_end|>"), names
+
+
+def llama3(tokenizer: Tokenizer) -> tuple[Content, Any, Content]:
+    content = like_llama3(tokenizer)
+    ids = {token["content"]: token["id"] for token in content["added_tokens"]}
+    names = {"bos_token": "<|begin_of_text|>", "eos_token": "<|eot_id|>"}
+    jinja = "{{ bos_token }}{% for m in messages %}{{ m['content'] + '<|eot_id|>' }}{% endfor %}"
+    return content, [ids["<|end_of_text|>"], ids["<|eot_id|>"]], names | {"chat_template": jinja}
+
+
+def around(tokenizer: Tokenizer) -> tuple[Content, Any, Content]:
+    """Two tokens before a text and one behind it, which generating leaves out."""
+    ids = tokenizer.special_tokens
+    mark = template("<|pad|>", "<|im_start|>", after=("<|im_end|>",), ids=ids)
+    return tokenizer.content | {"post_processor": mark}, 0, {"eos_token": "<|endoftext|>"}
+
+
+KINDS = {"bare": bare, "llama3": llama3, "around": around}
+
+
+def change(folder: Path, name: str, **settings: Any) -> None:
+    file = folder / name
+    file.write_text(json.dumps(json.loads(file.read_text()) | settings))
+
+
+def stopping(model: LanguageModel) -> int:
+    """The first token of its greedy text that is not there before: a stop that is reached."""
+    ids = model.tokenizer.encode(model.generate(PROMPT, GREEDY))
+    return next(one for at, one in enumerate(ids) if at >= 5 and one not in ids[:at])

@@ -11,40 +11,10 @@ import torch
 import pyllm
 from pyllm.evaluate import score_text
 from pyllm.export import read_text_settings, write_gguf, write_hugging_face
-from pyllm.generate import LanguageModel, SamplingConfig
 from pyllm.models import load_model, load_transformer
-from pyllm.tokenizers import Tokenizer
 
-from .foreign import like_llama3, make_folder, template
+from .foreign import GREEDY, KINDS, PROMPT, around, bare, change, llama3, make_folder, stopping
 from .ggml_forward import GGUF
-
-PROMPT = "Once there was a fox"
-GREEDY = SamplingConfig(greedy=True, max_new_tokens=60)
-Content = dict[str, Any]
-
-
-def bare(tokenizer: Tokenizer) -> tuple[Content, Any, Content]:
-    """Nothing before a text; ``<|im_end|>`` ends one, as SmolLM2-Instruct has it."""
-    names = {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>"}
-    return tokenizer.content, tokenizer.token_to_id("<|im_end|>"), names
-
-
-def llama3(tokenizer: Tokenizer) -> tuple[Content, Any, Content]:
-    content = like_llama3(tokenizer)
-    ids = {token["content"]: token["id"] for token in content["added_tokens"]}
-    names = {"bos_token": "<|begin_of_text|>", "eos_token": "<|eot_id|>"}
-    jinja = "{{ bos_token }}{% for m in messages %}{{ m['content'] + '<|eot_id|>' }}{% endfor %}"
-    return content, [ids["<|end_of_text|>"], ids["<|eot_id|>"]], names | {"chat_template": jinja}
-
-
-def around(tokenizer: Tokenizer) -> tuple[Content, Any, Content]:
-    """Two tokens before a text and one behind it, which generating leaves out."""
-    ids = tokenizer.special_tokens
-    mark = template("<|pad|>", "<|im_start|>", after=("<|im_end|>",), ids=ids)
-    return tokenizer.content | {"post_processor": mark}, 0, {"eos_token": "<|endoftext|>"}
-
-
-KINDS = {"bare": bare, "llama3": llama3, "around": around}
 
 
 @pytest.fixture(params=KINDS)
@@ -59,11 +29,6 @@ def llama3_folder(transformers, tokenizer, tmp_path) -> Path:
     return make_folder(transformers, tmp_path / "theirs", content, stops, names)
 
 
-def change(folder: Path, name: str, **settings: Any) -> None:
-    file = folder / name
-    file.write_text(json.dumps(json.loads(file.read_text()) | settings))
-
-
 def written(transformers, folder: Path, n_after: int) -> tuple[list[int], list[int]]:
     """The prompt's tokens, without those put behind it, and the greedy ones, in transformers."""
     ids = transformers.AutoTokenizer.from_pretrained(folder)(PROMPT).input_ids
@@ -71,12 +36,6 @@ def written(transformers, folder: Path, n_after: int) -> tuple[list[int], list[i
     model = transformers.AutoModelForCausalLM.from_pretrained(folder)
     out = model.generate(torch.tensor([ids]), max_new_tokens=60, do_sample=False)
     return ids, out[0, len(ids) :].tolist()
-
-
-def stopping(model: LanguageModel) -> int:
-    """The first token of its greedy text that is not there before: a stop that is reached."""
-    ids = model.tokenizer.encode(model.generate(PROMPT, GREEDY))
-    return next(one for at, one in enumerate(ids) if at >= 5 and one not in ids[:at])
 
 
 def test_it_is_prompted_as_transformers_does(theirs: Path, transformers) -> None:
@@ -165,16 +124,6 @@ def test_a_gguf_file_is_prompted_and_stopped_as_before(
     written = [fields.get(f"tokenizer.ggml.{name}_token_id") for name in names]
     assert written[: len(stops)] == list(texts.stop_ids) and set(texts.stop_ids) == set(stops)
     assert fields["tokenizer.ggml.add_bos_token"] == (kind == "llama3")
-
-    llama_cpp = pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
-    llama = llama_cpp.Llama(
-        str(tmp_path / "m.gguf"), n_ctx=128, n_threads=1, type_k=0, type_v=0, verbose=False
-    )
-    assert llama.tokenize(PROMPT.encode()) == source.prompt_ids(PROMPT)
-    answer = llama(PROMPT, max_tokens=60, temperature=0.0, top_k=1, repeat_penalty=1.0)
-    text = source.generate(PROMPT, GREEDY)
-    assert answer["choices"][0]["finish_reason"] == "stop"
-    assert answer["choices"][0]["text"] == text.replace("\ufffd", "")
 
 
 def test_what_gguf_cannot_say_is_refused(transformers, tokenizer, tmp_path) -> None:
