@@ -25,6 +25,11 @@ class Config:
     .gguf."""
 
     def __post_init__(self) -> None:
+        if self.to == "hf" and self.out is not None and self.out.suffix.lower() == ".gguf":
+            raise ValueError(
+                f"out {self.out} is named as one file, and --to hf writes a folder; give --to gguf "
+                "or another name"
+            )
         if self.to == "hf" and self.dtype == "q8_0":
             raise ValueError("dtype q8_0 is only for --to gguf; Hugging Face folders have no such")
 

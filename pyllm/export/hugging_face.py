@@ -73,7 +73,8 @@ def write_hugging_face(
         )
         write_json(temporary / "generation_config.json", dict(texts.generation) | special)
 
-    write_folder(folder, fill)
+    # No manifest: the programs that this is for change what they load, and pyllm loads it again.
+    write_folder(folder, fill, manifest=False)
 
 
 def _beginning_with(tokenizer: Tokenizer, begin_ids: Sequence[int]) -> dict[str, Any]:

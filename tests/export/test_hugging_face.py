@@ -251,6 +251,22 @@ def test_numbers_that_do_not_fit_are_refused(tokenizer, tmp_path):
         write_hugging_face(tmp_path / "o", model, tokenizer)
 
 
+def test_other_programs_may_change_the_folder(transformers, tokenizer, tmp_path):
+    """A fine-tuning saves weights, settings and tokenizer again, and pyllm loads what it saved."""
+    model = lively(small(tokenizer))
+    write_hugging_face(tmp_path / "out", model, tokenizer)
+    theirs = opened(transformers, tmp_path / "out", torch.float32)
+    with torch.no_grad():
+        theirs.lm_head.weight[3] += 1
+    theirs.save_pretrained(tmp_path / "out")
+    transformers.AutoTokenizer.from_pretrained(tmp_path / "out").save_pretrained(tmp_path / "out")
+    back, its_tokenizer = load_model(tmp_path / "out")
+    state = model.state_dict()["embedding.weight"]
+    assert torch.equal(back.state_dict()["embedding.weight"][3], state[3] + 1)
+    assert its_tokenizer.prefix_ids == [tokenizer.end_of_text_id]
+    assert pyllm.load(tmp_path / "out", device="cpu").stop_ids == {tokenizer.end_of_text_id}
+
+
 def test_an_unknown_dtype_and_a_place_that_is_taken_are_refused(tokenizer, tmp_path):
     model = Transformer(small(tokenizer))
     with refused("dtype q8_0 is not one of a Hugging Face folder; expected auto,", tmp_path / "o"):
