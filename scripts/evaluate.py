@@ -61,12 +61,12 @@ def main(config: Config) -> None:
     from pyllm.models import choose_device, load_model
 
     folder = find_model(config.model)
-    check_outputs(config, folder)
+    name, files, texts = read_documents(config, folder)
+    check_outputs(config, folder, files)
     if config.threads:
         torch.set_num_threads(config.threads)
     model, tokenizer = load_model(folder, choose_device(config.device), pick_dtype(config.dtype))
     language_model = LanguageModel(model, tokenizer, folder)
-    name, texts = read_documents(config, folder)
     documents = list(islice(texts, config.documents or None))
     begin = language_model.begin_ids
     score = score_text(
@@ -107,7 +107,7 @@ EMBEDDED_STORIES = 400
 """As many as 2% of the default run's."""
 
 
-def check_outputs(config: Config, folder: Path) -> None:
+def check_outputs(config: Config, folder: Path, files: list[str]) -> None:
     """What is written replaces neither what is read nor each other.
 
     Raises:
@@ -118,7 +118,7 @@ def check_outputs(config: Config, folder: Path) -> None:
     for flag, path in outputs.items():
         if path.resolve().is_relative_to(folder.resolve()):
             raise ValueError(f"{flag} {path} is inside the model's folder; name another place")
-        if config.data and same_file(path, Path(config.data)):
+        if any(same_file(path, Path(file)) for file in files):
             raise ValueError(f"{flag} {path} is the text to score; name another file")
         require_writable_file(flag, path)
     if len(outputs) == 2 and same_file(*outputs.values()):
@@ -132,8 +132,8 @@ def same_file(one: Path, other: Path) -> bool:
     return one.exists() and other.exists() and one.samefile(other)
 
 
-def read_documents(config: Config, folder: Path) -> tuple[str, Iterable[str]]:
-    """The text to score and what to call it; see ``Config.data``.
+def read_documents(config: Config, folder: Path) -> tuple[str, list[str], Iterable[str]]:
+    """What to call the text to score, the files it is of, and its documents; see ``Config.data``.
 
     Raises:
         ValueError: it is not there, or damaged.
@@ -143,18 +143,20 @@ def read_documents(config: Config, folder: Path) -> tuple[str, Iterable[str]]:
     from pyllm.train.run_folder import read_run_config
 
     if config.data:
-        return config.data, read_texts(config.data, text_column=config.text_column)
+        texts = read_texts(config.data, text_column=config.text_column)
+        return config.data, [config.data], texts
     run = folder.parent
     if folder.name not in ("best", "last") or not (run / "config.json").is_file():
-        return "embedded stories", write_stories(EMBEDDED_STORIES, 0, "valid")
+        return "embedded stories", [], write_stories(EMBEDDED_STORIES, 0, "valid")
     try:
         settings = read_run_config(run)
-        texts = documents(settings.data, settings.train.seed, "valid")
+        held_out = documents(settings.data, settings.train.seed, "valid")
     except ValueError as error:
         raise ValueError(f"{error}; it was this run's text, name another with --data") from None
-    what = settings.data.valid or settings.data.data or "embedded stories"
-    held_out = "" if settings.data.valid else ", the part held out from training"
-    return f"{what}{held_out}", texts
+    files = [file for file in (settings.data.valid, settings.data.data) if file]
+    name = files[0] if files else "embedded stories"
+    part = "" if settings.data.valid else ", the part held out from training"
+    return f"{name}{part}", files, held_out
 
 
 def show(folder: Path, data: str, score: TextScore, bpb: BitsPerByte | None) -> None:

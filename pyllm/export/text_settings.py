@@ -41,11 +41,9 @@ class TextSettings:
             "eos_token": next(iter(self.stop_ids), None),
             "pad_token": tokenizer.pad_id,
         }
-        told = {
-            name: tokenizer.decode([id_], skip_special=False)
-            for name, id_ in ids.items()
-            if id_ is not None and id_ < tokenizer.vocab_size
-        }
+        # Only special ones: transformers would make a special token of any that is named here.
+        tokens = {id_: token for token, id_ in tokenizer.special_tokens.items()}
+        told = {name: tokens[id_] for name, id_ in ids.items() if id_ in tokens}
         return told | dict(self.names)
 
     def bos_id(self, tokenizer: Tokenizer) -> int | None:

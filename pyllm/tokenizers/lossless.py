@@ -47,7 +47,7 @@ def check_lossless(content: Mapping[str, Any], vocab: Mapping[str, int]) -> None
     decoder = (content["decoder"] or {}).get("type")
     if decoder != "ByteLevel":
         raise ValueError(f"its decoder is {shown(decoder)}; expected ByteLevel")
-    _check_post_processor(content["post_processor"])
+    _check_post_processor(content["post_processor"], len(vocab))
     _check_ids(vocab)
     missing = ALPHABET - model["vocab"].keys()
     if missing:
@@ -60,7 +60,7 @@ def _expect_nothing(name: str, value: object) -> None:
         raise ValueError(f"its {name} is {shown(value)}, with which texts are lost; expected null")
 
 
-def _check_post_processor(processor: Any) -> None:
+def _check_post_processor(processor: Any, n_tokens: int) -> None:
     """Around the text, never instead of it: a template without its place gives nothing back.
 
     The special tokens that TemplateProcessing puts around a text are added only when asked for, and
@@ -75,8 +75,15 @@ def _check_post_processor(processor: Any) -> None:
                 f"its post_processor is {shown(step['type'])}; expected ByteLevel or "
                 "TemplateProcessing"
             )
-    for template in (step["single"] for step in steps if step["type"] == "TemplateProcessing"):
-        places = [piece["Sequence"]["id"] for piece in template if "Sequence" in piece]
+    for template in (step for step in steps if step["type"] == "TemplateProcessing"):
+        for mark in template["special_tokens"].values():
+            if max(mark["ids"], default=0) >= n_tokens:
+                raise ValueError(
+                    f"its post_processor puts {shown(mark['id'])} around a text, with the ids "
+                    f"{shown(mark['ids'])}; expected at most {n_tokens - 1}"
+                )
+        single = template["single"]
+        places = [piece["Sequence"]["id"] for piece in single if "Sequence" in piece]
         if places != ["A"]:
             raise ValueError(
                 f"its post_processor has the text {len(places)} times in its template for one "

@@ -228,6 +228,29 @@ def test_no_end_of_text_is_refused(llama3_folder: Path) -> None:
         load_model(llama3_folder)
 
 
+def test_a_mark_that_is_no_token_is_refused(llama3_folder: Path) -> None:
+    content = json.loads((llama3_folder / "tokenizer.json").read_text())
+    marks = content["post_processor"]["processors"][1]["special_tokens"]
+    marks["<|begin_of_text|>"]["ids"] = [len(content["model"]["vocab"]) + 4]
+    change(llama3_folder, "tokenizer.json", post_processor=content["post_processor"])
+    with pytest.raises(ValueError, match=r"begin_of_text.*, with the ids \[300\]; .* at most 299"):
+        load_model(llama3_folder)
+
+
+def test_an_ordinary_token_that_ends_a_text_is_not_made_a_special_one(
+    transformers, tokenizer, tmp_path
+) -> None:
+    folder = make_folder(transformers, tmp_path / "theirs", tokenizer.content, 261)
+    source = pyllm.load(folder, device="cpu")
+    write_hugging_face(
+        tmp_path / "out", source.model, source.tokenizer, texts=read_text_settings(source)
+    )
+    assert pyllm.load(tmp_path / "out", device="cpu").stop_ids == {261}
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert theirs(PROMPT).input_ids == source.prompt_ids(PROMPT)
+    assert 261 not in theirs.all_special_ids
+
+
 def test_a_template_that_drops_the_text_is_refused_in_a_sequence_too(llama3_folder: Path) -> None:
     content = json.loads((llama3_folder / "tokenizer.json").read_text())
     wrong = copy.deepcopy(content["post_processor"])

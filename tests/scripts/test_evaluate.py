@@ -147,6 +147,9 @@ def test_a_run_is_scored_on_its_own_validation_text(
     assert report["loss"] == pytest.approx(score_text(*load_model(fox), expected).loss, rel=1e-6)
     wanted = data.valid or f"{data.data}, the part held out from training"
     assert report["data"] == wanted
+    for name in filter(None, ("train.txt", valid)):
+        line = refusal("evaluate", "--model", tmp_path / "run", "--out", name)
+        assert f"--out {name} is the text to score" in line
     (tmp_path / (valid or "train.txt")).unlink()
     line = refusal("evaluate", "--model", tmp_path / "run")
     assert "no such file" in line and line.endswith("this run's text, name another with --data")
@@ -155,25 +158,24 @@ def test_a_run_is_scored_on_its_own_validation_text(
 def test_what_is_read_is_not_written_over(refusal: Refusal, fox: Path, tmp_path: Path) -> None:
     model = Path(shutil.copytree(fox, tmp_path / "fox"))
     before = {path: path.read_bytes() for path in model.iterdir()}
-    for name in ("text.txt", "data.svg"):
-        (tmp_path / name).write_text(TEXT)
-    (tmp_path / "hard.json").hardlink_to(tmp_path / "text.txt")
+    (tmp_path / "text.txt").write_text(TEXT)
+    for name in ("hard.json", "hard.svg"):
+        (tmp_path / name).hardlink_to(tmp_path / "text.txt")
     (tmp_path / "link.json").symlink_to(tmp_path / "text.txt")
     (tmp_path / "there").symlink_to(model)
     for flags, message in (
         (["--out", "text.txt"], "--out text.txt is the text to score; name another file"),
         (["--out", "hard.json"], "--out hard.json is the text to score"),
         (["--out", "link.json"], "--out link.json is the text to score"),
+        (["--picture", "hard.svg"], "--picture hard.svg is the text to score"),
         (["--out", "x/../text.txt"], "is the text to score"),
         (["--out", "a.svg", "--picture", "./a.svg"], "--out and --picture are one file; name two"),
         (["--out", "fox/config.json"], "--out fox/config.json is inside the model's folder; name"),
         (["--picture", "there/a.svg"], "--picture there/a.svg is inside the model's folder"),
     ):
         assert message in refusal("evaluate", "--model", "fox", "--data", "text.txt", *flags)
-    line = refusal("evaluate", "--model", "fox", "--data", "data.svg", "--picture", "data.svg")
-    assert "--picture data.svg is the text to score" in line
     assert {path: path.read_bytes() for path in model.iterdir()} == before
-    assert (tmp_path / "text.txt").read_text() == TEXT == (tmp_path / "data.svg").read_text()
+    assert (tmp_path / "text.txt").read_text() == TEXT
 
 
 @pytest.mark.parametrize(
