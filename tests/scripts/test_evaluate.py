@@ -122,6 +122,17 @@ def test_a_model_that_begins_and_ends_texts_otherwise(evaluate, fox: Path, tmp_p
     assert report["loss"] == pytest.approx(sum(nats) / len(nats), rel=1e-5)
 
 
+def test_an_end_that_the_model_does_not_have_is_not_counted(
+    evaluate, fox: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(fox, tmp_path / "fox")
+    (tmp_path / "fox" / "manifest.json").unlink()
+    (tmp_path / "fox" / "generation_config.json").write_text('{"eos_token_id": 261}')
+    _, report = evaluate(tmp_path / "fox")
+    score = score_text(*load_model(fox), DOCUMENTS, count_end=False)
+    assert (report["tokens"], report["loss"]) == (score.tokens, pytest.approx(score.loss))
+
+
 def test_a_model_without_a_run_is_scored_on_the_embedded_stories(evaluate, fox: Path) -> None:
     rows, report = evaluate(fox, data="", documents=3)
     stories = list(write_stories(3, 0, "valid"))
