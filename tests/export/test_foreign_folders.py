@@ -18,8 +18,13 @@ from .ggml_forward import GGUF
 
 
 @pytest.fixture(params=KINDS)
-def theirs(request, transformers, tokenizer, tmp_path) -> Path:
-    content, stops, names = KINDS[request.param](tokenizer)
+def kind(request) -> str:
+    return request.param
+
+
+@pytest.fixture
+def theirs(kind: str, transformers, tokenizer, tmp_path) -> Path:
+    content, stops, names = KINDS[kind](tokenizer)
     return make_folder(transformers, tmp_path / "theirs", content, stops, names)
 
 
@@ -48,7 +53,7 @@ def test_it_is_prompted_as_transformers_does(theirs: Path, transformers) -> None
 
 
 def test_an_exported_folder_is_prompted_and_stopped_as_before(
-    theirs: Path, transformers, tmp_path
+    kind: str, theirs: Path, transformers, tmp_path
 ) -> None:
     first = pyllm.load(theirs, device="cpu")
     # A stop that the greedy text meets, beside those that it has.
@@ -79,6 +84,13 @@ def test_an_exported_folder_is_prompted_and_stopped_as_before(
         for folder in (theirs, tmp_path / "out")
     )
     assert after["eos_token_id"][0] == source.tokenizer.end_of_text_id
+    told = {"bare": False, "llama3": True}  # of two tokens before a text it would be untrue
+    before_names, names = (
+        json.loads((folder / "tokenizer_config.json").read_text())
+        for folder in (theirs, tmp_path / "out")
+    )
+    assert names.get("add_bos_token") == told.get(kind)
+    assert before_names.items() <= names.items()
     ids_of = ("eos_token_id", "bos_token_id")
     assert all(after[key] == value for key, value in before.items() if key not in ids_of)
 
