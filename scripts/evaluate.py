@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -21,7 +22,8 @@ class Config:
 
     data: str = ""
     """Text to score: .txt (documents end with a line <|endoftext|>), .jsonl, .parquet, or a dataset
-    of the hub. Empty: the embedded stories' validation part."""
+    of the hub. Empty: the validation text of the model's run; of a model without a run, the
+    embedded stories."""
     model: str | None = None
     """A run folder (its best checkpoint is taken) or a model folder, of pyllm or Hugging Face; by
     default the run under runs/ that was saved last."""
@@ -54,43 +56,46 @@ def main(config: Config) -> None:
     """Score, print, write."""
     import torch
 
-    from pyllm.data import read_texts, write_stories
     from pyllm.evaluate import bits_per_byte, score_text
-    from pyllm.generate import find_model, pick_dtype
+    from pyllm.generate import LanguageModel, find_model, pick_dtype
     from pyllm.models import choose_device, load_model
 
-    for flag, path in (("--out", config.out), ("--picture", config.picture)):
-        if path is not None:
-            require_writable_file(flag, path)
+    folder = find_model(config.model)
+    name, files, texts = read_documents(config, folder)
+    check_outputs(config, folder, files)
     if config.threads:
         torch.set_num_threads(config.threads)
-    folder = find_model(config.model)
     model, tokenizer = load_model(folder, choose_device(config.device), pick_dtype(config.dtype))
-    if config.data:
-        texts = read_texts(config.data, text_column=config.text_column)
-    else:
-        texts = write_stories(EMBEDDED_STORIES, 0, "valid")
+    language_model = LanguageModel(model, tokenizer, folder)
     documents = list(islice(texts, config.documents or None))
-    score = score_text(model, tokenizer, documents, context=config.context or None)
-    bpb: BitsPerByte | None = None
-    try:
-        bpb = bits_per_byte(model, tokenizer, documents)
-        why = ""
-    except ValueError as error:  # a context shorter than 1,024 bytes
-        why = str(error)
-    show(folder, config.data or "embedded stories", score, bpb, why)
+    begin = language_model.begin_ids
+    score = score_text(
+        model,
+        tokenizer,
+        documents,
+        context=config.context or None,
+        begin_ids=begin,
+        count_end=tokenizer.end_of_text_id in language_model.stop_ids,
+    )
+    # Documents that are empty, or that are one token and nothing before it, have no bits.
+    bpb = bits_per_byte(model, tokenizer, documents, begin_ids=begin) if score.bytes else None
+    show(folder, name, score, bpb)
     if config.picture is not None:
         draw(score, config.picture)
     if config.out is not None:
         report: dict[str, Any] = {
             "model": str(folder),
-            "data": config.data or "embedded stories",
+            "data": name,
             "documents": score.documents,
             "tokens": score.tokens,
             "context": config.context or model.config.max_seq_len,
             "loss": score.loss,
             "perplexity": score.perplexity,
+            "bits_per_byte": score.bits_per_byte,
+            "bytes": score.bytes,
             "val_bpb": bpb and bpb.value,
+            "val_bpb_bytes": bpb.bytes if bpb else 0,
+            "val_bpb_documents": bpb.stories if bpb else 0,
             "position_loss": score.position_loss,
             "position_count": score.position_count,
         }
@@ -102,21 +107,74 @@ EMBEDDED_STORIES = 400
 """As many as 2% of the default run's."""
 
 
-def show(folder: Path, data: str, score: TextScore, bpb: BitsPerByte | None, why: str) -> None:
+def check_outputs(config: Config, folder: Path, files: list[str]) -> None:
+    """What is written replaces neither what is read nor each other.
+
+    Raises:
+        ValueError: it would, or it cannot be written.
+    """
+    given = {"--out": config.out, "--picture": config.picture}
+    outputs = {flag: path for flag, path in given.items() if path is not None}
+    for flag, path in outputs.items():
+        if path.resolve().is_relative_to(folder.resolve()):
+            raise ValueError(f"{flag} {path} is inside the model's folder; name another place")
+        if any(same_file(path, Path(file)) for file in files):
+            raise ValueError(f"{flag} {path} is the text to score; name another file")
+        require_writable_file(flag, path)
+    if len(outputs) == 2 and same_file(*outputs.values()):
+        raise ValueError("--out and --picture are one file; name two")
+
+
+def same_file(one: Path, other: Path) -> bool:
+    """By one name or another, links included."""
+    if one.resolve() == other.resolve():
+        return True
+    return one.exists() and other.exists() and one.samefile(other)
+
+
+def read_documents(config: Config, folder: Path) -> tuple[str, list[str], Iterable[str]]:
+    """What to call the text to score, the files it is of, and its documents; see ``Config.data``.
+
+    Raises:
+        ValueError: it is not there, or damaged.
+    """
+    from pyllm.data import read_texts, write_stories
+    from pyllm.train.prepare import documents
+    from pyllm.train.run_folder import read_run_config
+
+    if config.data:
+        texts = read_texts(config.data, text_column=config.text_column)
+        return config.data, [config.data], texts
+    run = folder.parent
+    if folder.name not in ("best", "last") or not (run / "config.json").is_file():
+        return "embedded stories", [], write_stories(EMBEDDED_STORIES, 0, "valid")
+    try:
+        settings = read_run_config(run)
+        held_out = documents(settings.data, settings.train.seed, "valid")
+    except ValueError as error:
+        raise ValueError(f"{error}; it was this run's text, name another with --data") from None
+    files = [file for file in (settings.data.valid, settings.data.data) if file]
+    name = files[0] if files else "embedded stories"
+    part = "" if settings.data.valid else ", the part held out from training"
+    return f"{name}{part}", files, held_out
+
+
+def show(folder: Path, data: str, score: TextScore, bpb: BitsPerByte | None) -> None:
     """Two tables."""
     from rich.console import Console
     from rich.table import Table
 
     console = Console()
-    table = Table(title=f"{folder} on {data}", show_header=False)
-    table.add_row("documents", f"{score.documents:,}")
-    table.add_row("tokens", f"{score.tokens:,}")
-    table.add_row("loss, nats per token", f"{score.loss:.4f}")
-    table.add_row("perplexity", f"{score.perplexity:.3f}")
-    table.add_row("val_bpb, bits per byte", f"{bpb.value:.4f}" if bpb else "left out")
+    table = Table("", "", "over", title=f"{folder} on {data}")
+    tokens = f"{score.tokens:,} tokens of {score.documents:,} documents"
+    table.add_row("loss, nats per token", f"{score.loss:.4f}", tokens)
+    table.add_row("perplexity", f"{score.perplexity:.3f}", tokens)
+    if score.bits_per_byte is not None and bpb is not None:
+        all_bytes = f"{score.bytes:,} bytes of {score.documents:,} documents"
+        table.add_row("bits per byte", f"{score.bits_per_byte:.4f}", all_bytes)
+        starts = f"the first 1,024 bytes of each, {bpb.bytes:,} of {bpb.stories:,} documents"
+        table.add_row("val_bpb, bits per byte", f"{bpb.value:.4f}", starts)
     console.print(table)
-    if why:
-        console.print(why)
     table = Table("position", "loss, nats per token")
     for first, end, loss in score.buckets():
         table.add_row(str(first) if end == first + 1 else f"{first} to {end - 1}", f"{loss:.4f}")

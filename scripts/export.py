@@ -25,27 +25,32 @@ class Config:
     .gguf."""
 
     def __post_init__(self) -> None:
+        if self.to == "hf" and self.out is not None and self.out.suffix.lower() == ".gguf":
+            raise ValueError(
+                f"out {self.out} is named as one file, and --to hf writes a folder; give --to gguf "
+                "or another name"
+            )
         if self.to == "hf" and self.dtype == "q8_0":
             raise ValueError("dtype q8_0 is only for --to gguf; Hugging Face folders have no such")
 
 
 def main(config: Config) -> None:
     """Loads, writes, and says where."""
-    from pyllm.export import read_chat_template, write_gguf, write_hugging_face
-    from pyllm.generate import find_model
+    from pyllm.export import read_text_settings, write_gguf, write_hugging_face
+    from pyllm.generate import LanguageModel, find_model
     from pyllm.models import load_model
 
     folder = find_model(config.model)
     out = config.out or folder.with_name(folder.name + SUFFIXES[config.to])
     require_writable(out.parent)
-    template = read_chat_template(folder)
     model, tokenizer = load_model(folder)
+    texts = read_text_settings(LanguageModel(model, tokenizer, folder))
     if config.to == "hf":
-        write_hugging_face(out, model, tokenizer, config.dtype, template)
+        write_hugging_face(out, model, tokenizer, config.dtype, texts)
     else:
         of_a_run = folder.name in ("best", "last")
         name = (folder.resolve().parent if of_a_run else folder.resolve()).name
-        write_gguf(out, model, tokenizer, config.dtype, template, name)
+        write_gguf(out, model, tokenizer, config.dtype, texts, name)
     print(out)
 
 

@@ -1,10 +1,11 @@
 """Train a model: `python scripts/train_moe.py`, or with a text of your own: `--data FILE`."""
 
+import os
 import subprocess
 import sys
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NoReturn
 
 from pyllm._checks import shown
 from pyllm._cli import run
@@ -52,6 +53,15 @@ def benchmark_flags(arguments: list[str]) -> list[str] | None:
     return None
 
 
+def become_benchmark(arguments: list[str]) -> NoReturn:
+    """Go on as scripts/benchmark.py: whoever sends this process a signal, sends it to that one."""
+    script = Path(__file__).with_name("benchmark.py")
+    command = [sys.executable, str(script), *arguments]
+    if os.name == "posix":
+        os.execv(sys.executable, command)
+    sys.exit(subprocess.call(command))  # elsewhere execv returns to the shell before the end
+
+
 def main(config: Config) -> None:
     """Train, evaluate, tell a story."""
     from pyllm._memory import check_memory
@@ -70,6 +80,5 @@ def main(config: Config) -> None:
 if __name__ == "__main__":
     measuring = benchmark_flags(sys.argv[1:])
     if measuring is not None:
-        script = Path(__file__).with_name("benchmark.py")
-        sys.exit(subprocess.call([sys.executable, str(script), *measuring]))
+        become_benchmark(measuring)
     run(main, Config, defaults)

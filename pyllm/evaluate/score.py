@@ -15,6 +15,16 @@ from pyllm.models.transformer import IGNORE_INDEX
 from pyllm.tokenizers import Tokenizer
 
 
+class Window(NamedTuple):
+    """Tokens that are scored together."""
+
+    inputs: Sequence[int]
+    targets: Sequence[int]
+    """The token after each, or ``IGNORE_INDEX``."""
+    begins: bool
+    """Does a document begin here?"""
+
+
 class BitsPerByte(NamedTuple):
     """The result of :func:`bits_per_byte`."""
 
@@ -65,43 +75,80 @@ def bits_per_byte(
     stories: Iterable[str],
     autocast: AbstractContextManager[object] | None = None,
     tokens_per_batch: int = 8192,
+    begin_ids: Sequence[int] | None = None,
 ) -> BitsPerByte:
     """``val_bpb``: how many bits the model needs per byte of text, comparable across tokenizers.
 
     Each story is scored from an empty context (an end-of-text token), its first 1,024 bytes cut
-    back to a whole character; the end marker is not counted; total bits over total bytes.
+    back to a whole character; the end marker is not counted; total bits over total bytes. Where
+    these bytes are more tokens than the model's context, they are scored in windows, each from its
+    own first token.
+
+    Args:
+        model, tokenizer: of one vocabulary.
+        stories: the texts; empty ones are left out.
+        autocast: a context to compute in.
+        tokens_per_batch: how much to compute at once.
+        begin_ids: what a text begins with, by default end-of-text. Where it is nothing, the first
+            token of a story follows nothing, and neither it nor its bytes are counted.
 
     Raises:
-        ValueError: no story, a text that is no str, a story longer than the model's context, a
-            tokenizer of another vocabulary than the model's.
+        ValueError: no story, a text that is no str, a tokenizer of more tokens than the model has.
     """
     check_size("val_bpb: tokens_per_batch", tokens_per_batch, 1)
-    if tokenizer.vocab_size != model.config.vocab_size:
-        raise ValueError(
-            f"val_bpb: the tokenizer has {tokenizer.vocab_size} tokens and the model "
-            f"{model.config.vocab_size}; use the tokenizer that was saved beside the model"
-        )
+    check_vocabulary("val_bpb", model, tokenizer)
+    begin = [tokenizer.end_of_text_id] if begin_ids is None else list(begin_ids)
     device = model.embedding.weight.device
-    windows = [window for window in story_windows(stories, tokenizer) if window[1] > 0]
-    if not windows:
+    n_stories, n_bytes, pairs = 0, 0, []
+    for ids, size in story_windows(stories, tokenizer):
+        counted = size - unscored_bytes(tokenizer, ids, begin)
+        if counted > 0:
+            n_stories, n_bytes = n_stories + 1, n_bytes + counted
+            windows = cut_windows([*begin, *ids], len(begin), model.config.max_seq_len)
+            pairs += [(window.inputs, window.targets) for window in windows]
+    if not n_stories:
         raise ValueError("val_bpb: the validation text holds no story")
-    longest = max(len(ids) for ids, _ in windows)
-    if longest > model.config.max_seq_len:
-        raise ValueError(
-            f"val_bpb: 1,024 bytes of text are {longest} tokens here, more than the model's "
-            f"context of {model.config.max_seq_len}; use a larger vocabulary or context"
-        )
-    nats = 0.0
+    nats, n_tokens = 0.0, 0
     with evaluating(model), autocast or nullcontext():
-        begin = tokenizer.end_of_text_id
-        pairs = [([begin, *ids[:-1]], ids) for ids, _ in windows]
         for _, inputs, targets in padded_batches(pairs, tokens_per_batch):
             output = model(inputs.to(device), targets.to(device), reduction="sum")
             assert output.loss is not None
             nats += output.loss.item()
-    n_bytes = sum(size for _, size in windows)
-    n_tokens = sum(len(ids) for ids, _ in windows)
-    return BitsPerByte(nats / math.log(2) / n_bytes, len(windows), n_tokens, n_bytes)
+            n_tokens += int((targets != IGNORE_INDEX).sum())
+    return BitsPerByte(nats / math.log(2) / n_bytes, n_stories, n_tokens, n_bytes)
+
+
+def check_vocabulary(what: str, model: Transformer, tokenizer: Tokenizer) -> None:
+    """A vocabulary may be padded, so that the model has more.
+
+    Raises:
+        ValueError: the tokenizer has more tokens than the model.
+    """
+    if tokenizer.vocab_size > model.config.vocab_size:
+        raise ValueError(
+            f"{what}: the tokenizer has {tokenizer.vocab_size} tokens and the model "
+            f"{model.config.vocab_size}; use the tokenizer that was saved beside the model"
+        )
+
+
+def unscored_bytes(tokenizer: Tokenizer, ids: Sequence[int], begin: Sequence[int]) -> int:
+    """Bytes of a text's first token where nothing stands before it to draw it from, else 0."""
+    return 0 if begin else len(tokenizer.decode_bytes(ids[:1]))
+
+
+def cut_windows(ids: Sequence[int], n_begin: int, context: int) -> Iterator[Window]:
+    """A document, cut so that each token is a target once, those that begin it excepted.
+
+    Args:
+        ids: what it begins with and the document itself.
+        n_begin: how many of them it begins with.
+        context: tokens in a window.
+    """
+    n_unscored = max(n_begin - 1, 0)
+    targets = [*[IGNORE_INDEX] * n_unscored, *ids[1 + n_unscored :]]
+    for start in range(0, len(targets), context):
+        end = start + context
+        yield Window(ids[:-1][start:end], targets[start:end], start == 0)
 
 
 @contextmanager

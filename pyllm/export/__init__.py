@@ -10,15 +10,22 @@ from pyllm._lazy import lazy_names
 if TYPE_CHECKING:
     from pyllm.export.gguf_file import GGUF_DTYPES, write_gguf
     from pyllm.export.hugging_face import write_hugging_face
-    from pyllm.export.template import read_chat_template
+    from pyllm.export.text_settings import TextSettings, read_text_settings
 
 _HOMES = {
     "GGUF_DTYPES": "gguf_file",
-    "read_chat_template": "template",
+    "TextSettings": "text_settings",
+    "read_text_settings": "text_settings",
     "write_gguf": "gguf_file",
     "write_hugging_face": "hugging_face",
 }
 
-__all__ = ["GGUF_DTYPES", "read_chat_template", "write_gguf", "write_hugging_face"]
+__all__ = [
+    "GGUF_DTYPES",
+    "TextSettings",
+    "read_text_settings",
+    "write_gguf",
+    "write_hugging_face",
+]
 
 __getattr__ = lazy_names(__name__, _HOMES)

@@ -15,10 +15,9 @@ from torch import Tensor
 from pyllm._durable import named_errors, sync
 from pyllm.export._checks import check_free, check_router_bias, narrowed
 from pyllm.export.gguf_vocabulary import gguf_vocabulary
-from pyllm.export.template import without_generation_marks
+from pyllm.export.text_settings import TextSettings, without_generation_marks
 from pyllm.layers.rope_scaling import rotation
 from pyllm.models import ModelConfig, Transformer
-from pyllm.models.folder import CHAT_TEMPLATE
 from pyllm.models.hugging_face import check_expressible
 from pyllm.tokenizers import Tokenizer
 
@@ -36,13 +35,14 @@ def write_gguf(
     model: Transformer,
     tokenizer: Tokenizer,
     dtype: str = "auto",
-    chat_template: str = CHAT_TEMPLATE,
+    texts: TextSettings | None = None,
     name: str = "pyllm",
 ) -> None:
     """Write a GGUF file, whole or not at all.
 
-    Norms and routers stay float32 in any dtype, as llama.cpp's converter has it. A text begins with
-    the end-of-text token (``add_bos_token``), as in training.
+    Norms and routers stay float32 in any dtype, as llama.cpp's converter has it. Besides the ends
+    that the file names, llama.cpp takes every token for one that is spelled like one it knows
+    (``<|endoftext|>``, ``<|im_end|>``, ``<|eot_id|>``).
 
     Args:
         path: must not exist.
@@ -50,7 +50,8 @@ def write_gguf(
         tokenizer: whose vocabulary goes into the file.
         dtype: of the matrices: ``float32``, ``float16``, ``bfloat16`` or ``q8_0``; ``auto``: as the
             weights are.
-        chat_template: Jinja; marks of generation are taken out.
+        texts: how they begin and end; by default with end-of-text, as in pyllm's training. Marks
+            of generation are taken out of the chat template.
         name: shown by programs that load the file.
 
     Raises:
@@ -68,6 +69,8 @@ def write_gguf(
             f"dtype {dtype} is not one of a gguf export; expected auto, {', '.join(GGUF_DTYPES)}"
         )
     _check_model(model, dtype)
+    texts = TextSettings.of_tokenizer(tokenizer) if texts is None else texts
+    _check_texts(texts)
     kind = package.GGMLQuantizationType[GGUF_DTYPES[dtype]]
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.tmp")
@@ -78,8 +81,9 @@ def write_gguf(
         writer.add_name(name)
         writer.add_file_type(package.LlamaFileType[_FILE_TYPES[kind.name]])
         writer.add_quantization_version(package.GGML_QUANT_VERSION)
-        _add_tokenizer(writer, tokenizer, model.config.vocab_size)
-        writer.add_chat_template(without_generation_marks(chat_template))
+        _add_tokenizer(writer, tokenizer, model.config.vocab_size, texts)
+        if texts.chat_template is not None:
+            writer.add_chat_template(without_generation_marks(texts.chat_template))
         for tensor_name, tensor in gguf_tensors(model):
             matrix = tensor.dim() > 1 and not tensor_name.endswith("ffn_gate_inp.weight")
             own = kind if matrix else package.GGMLQuantizationType.F32
@@ -117,7 +121,7 @@ def _check_model(model: Transformer, dtype: str) -> None:
     if config.window is not None and config.window < config.max_seq_len:
         raise ValueError(
             f"the model's window is {config.window}, and llama.cpp's llama architecture lets every "
-            "token see all before it; it cannot be exported to gguf"
+            "token see all before it; it cannot be exported to gguf; --to hf can"
         )
     for what, width in (("d_model", config.d_model), ("d_ff", config.d_ff)):
         if dtype == "q8_0" and width % _Q8_BLOCK:
@@ -125,6 +129,19 @@ def _check_model(model: Transformer, dtype: str) -> None:
                 f"the model's {what} is {width}, and q8_0 stores rows in blocks of {_Q8_BLOCK}; "
                 "choose another dtype"
             )
+
+
+def _check_texts(texts: TextSettings) -> None:
+    if len(texts.begin_ids) > 1:
+        raise ValueError(
+            f"a text begins with {len(texts.begin_ids)} tokens ({list(texts.begin_ids)}), and gguf "
+            "has one, bos; it cannot be exported to gguf; --to hf can"
+        )
+    if len(texts.stop_ids) > 3:
+        raise ValueError(
+            f"{len(texts.stop_ids)} tokens end a text ({list(texts.stop_ids)}), and gguf has "
+            "three, eos, eot and eom; it cannot be exported to gguf; --to hf can"
+        )
 
 
 def _add_metadata(writer: "gguf.GGUFWriter", config: ModelConfig) -> None:
@@ -149,18 +166,26 @@ def _add_metadata(writer: "gguf.GGUFWriter", config: ModelConfig) -> None:
         writer.add_expert_used_count(config.top_k)
 
 
-def _add_tokenizer(writer: "gguf.GGUFWriter", tokenizer: Tokenizer, size: int) -> None:
+def _add_tokenizer(
+    writer: "gguf.GGUFWriter", tokenizer: Tokenizer, size: int, texts: TextSettings
+) -> None:
     vocabulary = gguf_vocabulary(tokenizer, size)
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(vocabulary.pre)
     writer.add_token_list(vocabulary.tokens)
     writer.add_token_types(vocabulary.kinds)
     writer.add_token_merges(vocabulary.merges)
-    writer.add_bos_token_id(tokenizer.end_of_text_id)
-    writer.add_eos_token_id(tokenizer.end_of_text_id)
+    bos = texts.bos_id(tokenizer)
+    # Without one, llama.cpp takes GPT-2's ids 11 for both.
+    writer.add_bos_token_id(tokenizer.end_of_text_id if bos is None else bos)
+    writer.add_eos_token_id(next(iter(texts.stop_ids), tokenizer.end_of_text_id))
+    for add, stop in zip(
+        (writer.add_eot_token_id, writer.add_eom_token_id), texts.stop_ids[1:], strict=False
+    ):
+        add(stop)
     if tokenizer.pad_id is not None:
         writer.add_pad_token_id(tokenizer.pad_id)
-    writer.add_add_bos_token(True)
+    writer.add_add_bos_token(bool(texts.begin_ids))
     writer.add_add_eos_token(False)
 
 

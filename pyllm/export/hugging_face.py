@@ -1,5 +1,6 @@
 """A model folder that transformers and vLLM load as a Llama, a Mistral or a Mixtral."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -7,22 +8,14 @@ import torch
 from torch import Tensor
 
 from pyllm.export._checks import check_free, check_router_bias, narrowed
+from pyllm.export.text_settings import TextSettings
 from pyllm.models import Transformer
 from pyllm.models.device import DTYPES
 from pyllm.models.durable import save_tensors, write_folder
-from pyllm.models.folder import (
-    CHAT_TEMPLATE,
-    SAMPLING,
-    special_ids,
-    write_json,
-    write_tokenizer_settings,
-)
+from pyllm.models.folder import write_json
 from pyllm.models.hugging_face import tensor_parts, write_settings
 from pyllm.models.shards import WEIGHTS, split_rows
 from pyllm.tokenizers import Tokenizer
-from pyllm.tokenizers.byte_level import END_OF_TEXT
-
-END_OF_TURN = "<|im_end|>"
 
 
 def write_hugging_face(
@@ -30,7 +23,7 @@ def write_hugging_face(
     model: Transformer,
     tokenizer: Tokenizer,
     dtype: str = "auto",
-    chat_template: str = CHAT_TEMPLATE,
+    texts: TextSettings | None = None,
 ) -> None:
     """Write ``config.json``, ``model.safetensors``, the tokenizer and the generation settings.
 
@@ -40,9 +33,9 @@ def write_hugging_face(
     Args:
         folder: must not exist.
         model: dense or with experts in every layer.
-        tokenizer: saved beside it; a text begins with its end-of-text token, as in training.
+        tokenizer: saved beside it.
         dtype: ``float32``, ``bfloat16`` or ``float16``; ``auto``: as the weights are.
-        chat_template: Jinja.
+        texts: how they begin and end; by default with end-of-text, as in pyllm's training.
 
     Raises:
         ValueError: the folder exists, an unknown dtype, numbers that float16 cannot hold, or a
@@ -61,38 +54,66 @@ def write_hugging_face(
         raise ValueError(
             f"dtype {dtype} is not one of a Hugging Face folder; expected auto, {', '.join(DTYPES)}"
         )
-    special = special_ids(tokenizer)
+    texts = TextSettings.of_tokenizer(tokenizer) if texts is None else texts
+    stops = list(texts.stop_ids)
+    special = {
+        "bos_token_id": texts.bos_id(tokenizer),
+        "eos_token_id": stops[0] if len(stops) == 1 else stops,
+    }
     settings |= {"torch_dtype": str(wanted).removeprefix("torch."), **special}
     weights = _tensors(model, wanted)
 
     def fill(temporary: Path) -> None:
         save_tensors(weights, temporary / WEIGHTS, metadata={"format": "pt"})
         write_json(temporary / "config.json", settings)
-        write_json(temporary / "tokenizer.json", _beginning_with_end_of_text(tokenizer))
-        write_tokenizer_settings(temporary, tokenizer, model.config.max_seq_len, chat_template)
-        # In a chat, the end of a turn ends the answer.
-        ends = [special["eos_token_id"], tokenizer.token_to_id(END_OF_TURN)]
-        stops = {"eos_token_id": [end for end in ends if end is not None]}
-        write_json(temporary / "generation_config.json", SAMPLING | special | stops)
+        write_json(temporary / "tokenizer.json", _beginning_with(tokenizer, texts.begin_ids))
+        write_json(
+            temporary / "tokenizer_config.json",
+            _tokenizer_settings(tokenizer, texts, model.config.max_seq_len),
+        )
+        write_json(temporary / "generation_config.json", dict(texts.generation) | special)
 
-    write_folder(folder, fill)
+    # No manifest: the programs that this is for change what they load, and pyllm loads it again.
+    write_folder(folder, fill, manifest=False)
 
 
-def _beginning_with_end_of_text(tokenizer: Tokenizer) -> dict[str, Any]:
-    """tokenizer.json that puts the end-of-text token before a text, as the model was trained."""
-    name = END_OF_TEXT
-    mark = {"SpecialToken": {"id": name, "type_id": 0}}
+def _beginning_with(tokenizer: Tokenizer, begin_ids: Sequence[int]) -> dict[str, Any]:
+    """tokenizer.json that puts these tokens before a text; one that does so is left as it is."""
+    if tokenizer.prefix_ids == list(begin_ids):
+        return tokenizer.content
+    names = [tokenizer.decode([id_], skip_special=False) for id_ in begin_ids]
+    marks = [{"SpecialToken": {"id": name, "type_id": 0}} for name in names]
     first, second = ({"Sequence": {"id": id_, "type_id": n}} for n, id_ in enumerate("AB"))
     return tokenizer.content | {
         "post_processor": {
             "type": "TemplateProcessing",
-            "single": [mark, first],
-            "pair": [mark, first, second],
+            "single": [*marks, first],
+            "pair": [*marks, first, second],
             "special_tokens": {
-                name: {"id": name, "ids": [tokenizer.end_of_text_id], "tokens": [name]}
+                name: {"id": name, "ids": [id_], "tokens": [name]}
+                for name, id_ in zip(names, begin_ids, strict=True)
             },
         }
     }
+
+
+def _tokenizer_settings(
+    tokenizer: Tokenizer, texts: TextSettings, max_seq_len: int
+) -> dict[str, Any]:
+    """The content of ``tokenizer_config.json``."""
+    settings: dict[str, Any] = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": max_seq_len,
+        **texts.special_names(tokenizer),
+    }
+    if texts.chat_template is not None:
+        settings["chat_template"] = texts.chat_template
+    # Where it is told this, transformers 5 makes a post_processor of bos_token alone, and throws
+    # away the one in tokenizer.json: so only where the two are the same.
+    bos = tokenizer.token_to_id(settings.get("bos_token", ""))
+    if list(texts.begin_ids) in ([], [bos]) and not tokenizer.suffix_ids:
+        settings["add_bos_token"] = bool(texts.begin_ids)
+    return settings
 
 
 def _tensors(model: Transformer, dtype: torch.dtype) -> dict[str, Tensor]:

@@ -10,7 +10,7 @@ from typing import Any, Literal, overload
 
 import torch
 
-from pyllm._checks import check_size, shown
+from pyllm._checks import shown
 from pyllm.generate.chat import ChatTemplate, Message
 from pyllm.generate.config import SamplingConfig
 from pyllm.generate.decode import new_session, prompt_ids, stream_texts
@@ -18,7 +18,8 @@ from pyllm.generate.find import find_model, pick_dtype
 from pyllm.generate.session import Session
 from pyllm.models import ModelConfig, Transformer, choose_device, load_model
 from pyllm.models.device import DTYPES
-from pyllm.models.durable import check_manifest, read_json, readable_folder
+from pyllm.models.durable import read_json, readable_folder
+from pyllm.models.ends import read_stop_ids
 from pyllm.tokenizers import Tokenizer
 
 NOT_TUNED = "this model was not fine-tuned for chat: it goes on writing, and may not answer"
@@ -271,21 +272,12 @@ class LanguageModel:
 
     def _read_ends(self, folder: Path) -> None:
         """Which tokens begin and end a text, from the folder's files."""
-        names = ["config.json"]
-        if (folder / "generation_config.json").exists():
-            names.insert(0, "generation_config.json")
-        check_manifest(folder, names)
-        settings = {folder / name: read_json(folder / name) for name in names}
-        if settings[folder / "config.json"].get("model_type") != "pyllm":
+        stops = read_stop_ids(folder, self.config.vocab_size)
+        if stops is not None:
+            self.stop_ids = frozenset(stops)
+        if read_json(folder / "config.json").get("model_type") != "pyllm":
             # pyllm's tokenizer.json does not say what its models are trained to begin with.
             self.begin_ids = self.tokenizer.prefix_ids
-        for path, found in settings.items():
-            stop = found.get("eos_token_id")
-            if stop is not None:
-                what, most = f"{path}: eos_token_id", self.tokenizer.vocab_size - 1
-                stops = stop if isinstance(stop, list) else [stop]
-                self.stop_ids = frozenset(check_size(what, one, 0, most) for one in stops)
-                return
 
 
 def _settings(config: SamplingConfig | None, settings: dict[str, Any]) -> SamplingConfig:

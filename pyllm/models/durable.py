@@ -25,12 +25,12 @@ from pyllm._durable import write_file as write_file
 MANIFEST = "manifest.json"
 
 
-def write_folder(folder: Path, fill: Callable[[Path], None]) -> None:
+def write_folder(folder: Path, fill: Callable[[Path], None], manifest: bool = True) -> None:
     """Write a folder so that a kill at any moment leaves either the old one or the new one whole.
 
-    ``fill`` writes into a temporary folder beside it; a manifest is added and every file is
-    synced; then the two are exchanged by renaming. :func:`settle_folder` finishes an exchange that
-    was cut short.
+    ``fill`` writes into a temporary folder beside it; a manifest is added, unless other programs
+    shall be free to change the files, and every file is synced; then the two are exchanged by
+    renaming. :func:`settle_folder` finishes an exchange that was cut short.
 
     Raises:
         OSError: the disk is full or the place cannot be written; the old folder stays.
@@ -43,8 +43,9 @@ def write_folder(folder: Path, fill: Callable[[Path], None]) -> None:
     try:
         temporary.mkdir()
         fill(temporary)
-        files = [path for path in temporary.rglob("*") if path.is_file()]
-        write_manifest(temporary, [path.relative_to(temporary).as_posix() for path in files])
+        if manifest:
+            files = [path for path in temporary.rglob("*") if path.is_file()]
+            write_manifest(temporary, [path.relative_to(temporary).as_posix() for path in files])
         for path in [*temporary.rglob("*"), temporary]:
             sync(path)
         shutil.rmtree(previous, ignore_errors=True)
@@ -117,7 +118,7 @@ def read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ValueError(f"{path}: no such file; expected a model folder, such as runs/<name>/best")
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8-sig"))  # Notepad puts a BOM in front
     except (ValueError, RecursionError) as error:  # both json's and unicode's are ValueErrors
         raise ValueError(f"{path}: not a JSON file ({error})") from None
     if not isinstance(content, dict):

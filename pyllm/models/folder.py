@@ -18,8 +18,17 @@ from pyllm.models.durable import (
     save_tensors,
     write_folder,
 )
+from pyllm.models.ends import read_stop_ids
+from pyllm.models.foreign_tokenizer import check_tokenizer_files
 from pyllm.models.hugging_face import read_settings
-from pyllm.models.shards import WEIGHTS, check_weights, open_shards, read_weights, weight_files
+from pyllm.models.shards import (
+    ADAPTER,
+    WEIGHTS,
+    check_weights,
+    open_shards,
+    read_weights,
+    weight_files,
+)
 from pyllm.models.transformer import Transformer
 from pyllm.tokenizers import Tokenizer
 
@@ -37,6 +46,8 @@ CHAT_TEMPLATE = (
 CHAT_TEMPLATE_FILE = "chat_template.jinja"
 
 SAMPLING = {"do_sample": True, "temperature": 0.8, "top_p": 0.95}
+
+_WITHOUT_TOKENIZER = "pyllm.models.load_transformer loads the model without it"
 
 LARGEST_TABLES = 2**28
 """Numbers in the tables of positions, which no weight speaks for: 1 GiB, a context of 4 million
@@ -86,16 +97,14 @@ def special_ids(tokenizer: Tokenizer) -> dict[str, int]:
     return {"eos_token_id": tokenizer.end_of_text_id, "bos_token_id": tokenizer.end_of_text_id}
 
 
-def write_tokenizer_settings(
-    folder: Path, tokenizer: Tokenizer, max_seq_len: int, chat_template: str = CHAT_TEMPLATE
-) -> None:
+def write_tokenizer_settings(folder: Path, tokenizer: Tokenizer, max_seq_len: int) -> None:
     """Write ``tokenizer_config.json``."""
     settings: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "eos_token": "<|endoftext|>",
         "bos_token": "<|endoftext|>",
         "model_max_length": max_seq_len,
-        "chat_template": chat_template,
+        "chat_template": CHAT_TEMPLATE,
     }
     if tokenizer.pad_id is not None:
         settings["pad_token"] = "<|pad|>"
@@ -133,7 +142,12 @@ def load_config(folder: str | Path) -> ModelConfig:
 
 
 def _describe(folder: Path) -> _Described:
-    path = folder / "config.json"
+    path, adapter = folder / "config.json", folder / ADAPTER
+    if adapter.is_file():
+        raise ValueError(
+            f"{adapter}: the weights of an adapter (LoRA), which would be left out; merge it first "
+            "(peft: merge_and_unload) and save the whole model"
+        )
     check_manifest(folder, [path.name])
     settings = read_json(path)
     is_ours = settings.get("model_type") == "pyllm"
@@ -200,14 +214,12 @@ def load_transformer(
 def _load_tokenizer(folder: Path, described: _Described) -> Tokenizer:
     config, is_ours, expected_hash = described
     check_manifest(folder, ["tokenizer.json"])
-    try:
+    if is_ours:
         tokenizer = Tokenizer.load(folder)
-    except ValueError as error:
-        if is_ours:
-            raise
-        raise ValueError(
-            f"{error}; pyllm.models.load_transformer loads the model without it"
-        ) from None
+    else:
+        ends = read_stop_ids(folder, config.vocab_size) or []
+        tokenizer = Tokenizer.load(folder, ends, _WITHOUT_TOKENIZER)
+        check_tokenizer_files(folder, tokenizer, _WITHOUT_TOKENIZER)
     if is_ours and tokenizer.hash != expected_hash:
         raise ValueError(
             f"{folder}: tokenizer.json is not the tokenizer this model was trained with; "

@@ -198,6 +198,7 @@ def _read_rope(
     theta = default_theta if theta is None else theta
     if shared("partial_rotary_factor") not in (None, 1):
         raise ValueError("its partial_rotary_factor is not 1; expected whole heads to be turned")
+    is_inside = "original_max_position_embeddings" in inner
     original_len = shared("original_max_position_embeddings")
     rope: dict[str, Any] = {"rope_theta": theta}
     if kind == "default":
@@ -207,6 +208,15 @@ def _read_rope(
         expected = _scaling_constants(kind, rope["rope_factor"])
         if kind != "linear":
             rope["rope_original_len"] = max_seq_len if original_len is None else original_len
+        if kind == "yarn" and original_len is not None:
+            if not is_inside and original_len != max_seq_len:
+                raise ValueError(
+                    f"its original_max_position_embeddings, {shown(original_len)}, stands outside "
+                    "rope_scaling, where transformers 4 does not look for it; move it inside"
+                )
+            if is_inside:
+                check_size("its original_max_position_embeddings", original_len, 1, 2**31)
+                _check_yarn(rope["rope_factor"], original_len, max_seq_len)
     else:
         raise ValueError(
             f"its rope_scaling is of type {shown(kind)}; expected default, linear, llama3 or yarn"
@@ -222,6 +232,23 @@ def _read_rope(
                 f"its rope_scaling of type {kind} has {key} {shown(found)}; expected {value}"
             )
     return rope
+
+
+def _check_yarn(factor: float, original_len: int, max_seq_len: int) -> None:
+    """One factor, whoever reads it.
+
+    Where the original length is given in ``rope_scaling``, transformers from 4.45 to 4.57 takes
+    ``max_position_embeddings`` by it for the factor, and not the one that stands beside it, as
+    transformers 5, vLLM and llama.cpp do.
+    """
+    if not math.isclose(factor, max_seq_len / original_len, rel_tol=1e-6):
+        raise ValueError(
+            f"its rope_scaling of type yarn has the factor {factor:g}, while "
+            "max_position_embeddings / original_max_position_embeddings is "
+            f"{max_seq_len} / {original_len} = {max_seq_len / original_len:g}, which "
+            "transformers 4 takes instead; expected the two to be the same: "
+            f"max_position_embeddings {factor * original_len:g}"
+        )
 
 
 def _factor(inner: dict[str, Any]) -> float:
@@ -274,8 +301,14 @@ def write_settings(config: ModelConfig) -> dict[str, Any]:
     }
     if config.rope_scaling != "none":
         scaling: dict[str, Any] = {"rope_type": config.rope_scaling, "factor": config.rope_factor}
-        if config.rope_scaling != "linear":
-            scaling["original_max_position_embeddings"] = config.rope_original_len
+        original_len = config.rope_original_len
+        # A yarn that was trained at its full length leaves the key out: that means the same to
+        # transformers 4 and 5, and factor counts in both.
+        full = config.rope_scaling == "yarn" and original_len == config.max_seq_len
+        if original_len is not None and not full:
+            scaling["original_max_position_embeddings"] = original_len
+            if config.rope_scaling == "yarn":
+                _check_yarn(config.rope_factor, original_len, config.max_seq_len)
         if config.rope_scaling == "llama3":  # which leaves nothing to defaults, as yarn does
             scaling |= _scaling_constants("llama3", config.rope_factor)
         settings["rope_scaling"] = scaling

@@ -20,6 +20,7 @@ from pyllm.models.hugging_face import Part, tensor_parts
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "consolidated.00.pth")
+ADAPTER = "adapter_config.json"
 _FLOATS = ("F32", "BF16", "F16", "F64")
 _OUTPUT, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
@@ -62,7 +63,7 @@ class Shards:
 
 def holds_weights(folder: Path) -> bool:
     """Is there something to load, or to refuse with a better reason than that there is nothing?"""
-    return any((folder / name).is_file() for name in (WEIGHTS, INDEX, *PICKLES))
+    return any((folder / name).is_file() for name in (WEIGHTS, INDEX, *PICKLES, ADAPTER))
 
 
 def weight_files(folder: Path) -> list[str]:
@@ -174,10 +175,25 @@ def _check_tied(shards: Shards) -> None:
 
 
 def read_weights(shards: Shards, config: ModelConfig, state: dict[str, Tensor]) -> None:
-    """Copy the tensors into a model's, part by part."""
+    """Copy the tensors into a model's, part by part.
+
+    Raises:
+        ValueError: a number is NaN or infinite, or becomes so in the model's dtype.
+    """
     for name, parts in tensor_parts(config):
         for target, part in zip(split_rows(state[name], parts), parts, strict=True):
-            target.copy_(shards.tensor(part.name))
+            tensor = shards.tensor(part.name)
+            target.copy_(tensor)
+            # The extremes are NaN where a number is. 2% of the time to load 116 MB from memory, on
+            # one thread; isfinite of every number took 24%.
+            if not torch.stack(torch.aminmax(target)).isfinite().all():
+                kind = str(target.dtype).removeprefix("torch.")
+                reason = (
+                    f"a number beyond the range of {kind}; load it as another dtype"
+                    if tensor.isfinite().all()
+                    else "a number that is NaN or infinite; the file is damaged, or its model was"
+                )
+                raise ValueError(f"{shards.path}: {part.name} holds {reason}")
 
 
 def split_rows(tensor: Tensor, parts: list[Part]) -> tuple[Tensor, ...]:

@@ -12,7 +12,7 @@ RETRAIN = "train one with scripts/train_tokenizer.py"
 
 
 @contextmanager
-def panic_as_value_error() -> Iterator[None]:
+def panic_as_value_error(remedy: str = RETRAIN) -> Iterator[None]:
     """Turn a Rust panic into a ValueError.
 
     It arrives as a BaseException, which no `except Exception` stops. Those that are known are
@@ -25,7 +25,7 @@ def panic_as_value_error() -> Iterator[None]:
             raise
         raise ValueError(
             f"the tokenizers library gave up ({one_line(error)}); the tokenizer is damaged: "
-            f"{RETRAIN}"
+            f"{remedy}"
         ) from None
 
 

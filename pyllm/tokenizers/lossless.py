@@ -44,14 +44,10 @@ def check_lossless(content: Mapping[str, Any], vocab: Mapping[str, int]) -> None
     for name in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
         _expect_nothing(f"model.{name}", model[name])
     _check_split(content["pre_tokenizer"])
-    # The special tokens that TemplateProcessing puts around a text are added only when asked for,
-    # and pyllm never asks.
-    after = ("ByteLevel", "TemplateProcessing", None)
-    for name, allowed in (("decoder", ("ByteLevel",)), ("post_processor", after)):
-        kind = (content[name] or {}).get("type")
-        if kind not in allowed:
-            raise ValueError(f"its {name} is {shown(kind)}; expected ByteLevel")
-    _check_template(content["post_processor"])
+    decoder = (content["decoder"] or {}).get("type")
+    if decoder != "ByteLevel":
+        raise ValueError(f"its decoder is {shown(decoder)}; expected ByteLevel")
+    _check_post_processor(content["post_processor"], len(vocab))
     _check_ids(vocab)
     missing = ALPHABET - model["vocab"].keys()
     if missing:
@@ -64,16 +60,35 @@ def _expect_nothing(name: str, value: object) -> None:
         raise ValueError(f"its {name} is {shown(value)}, with which texts are lost; expected null")
 
 
-def _check_template(processor: Any) -> None:
-    """Around the text, never instead of it: a template without its place gives nothing back."""
-    if (processor or {}).get("type") != "TemplateProcessing":
-        return
-    places = [piece["Sequence"]["id"] for piece in processor["single"] if "Sequence" in piece]
-    if places != ["A"]:
-        raise ValueError(
-            f"its post_processor has the text {len(places)} times in its template for one text; "
-            "expected once"
-        )
+def _check_post_processor(processor: Any, n_tokens: int) -> None:
+    """Around the text, never instead of it: a template without its place gives nothing back.
+
+    The special tokens that TemplateProcessing puts around a text are added only when asked for, and
+    ByteLevel moves only offsets. Llama 3 has both, in a Sequence.
+    """
+    steps = [processor] if processor else []
+    if steps and processor["type"] == "Sequence":
+        steps = processor["processors"]
+    for step in steps:
+        if step["type"] not in ("ByteLevel", "TemplateProcessing"):
+            raise ValueError(
+                f"its post_processor is {shown(step['type'])}; expected ByteLevel or "
+                "TemplateProcessing"
+            )
+    for template in (step for step in steps if step["type"] == "TemplateProcessing"):
+        for mark in template["special_tokens"].values():
+            if max(mark["ids"], default=0) >= n_tokens:
+                raise ValueError(
+                    f"its post_processor puts {shown(mark['id'])} around a text, with the ids "
+                    f"{shown(mark['ids'])}; expected at most {n_tokens - 1}"
+                )
+        single = template["single"]
+        places = [piece["Sequence"]["id"] for piece in single if "Sequence" in piece]
+        if places != ["A"]:
+            raise ValueError(
+                f"its post_processor has the text {len(places)} times in its template for one "
+                "text; expected once"
+            )
 
 
 def _check_split(split: Any) -> None:

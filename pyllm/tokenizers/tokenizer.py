@@ -45,25 +45,41 @@ _NOT_UTF8 = re.compile("([\udc80-\udcff]+)")
 class Tokenizer:
     """Text to token ids and back.
 
-    Wraps a `tokenizers.Tokenizer` of byte-level BPE whose special tokens hold `<|endoftext|>`;
-    raises ValueError without it, and for one that would not give every text back. Special tokens
-    that stand in a user's text are text, unless `allow_special=True`.
+    Wraps a `tokenizers.Tokenizer` of byte-level BPE. Special tokens that stand in a user's text
+    are text, unless `allow_special=True`.
+
+    Args:
+        backend: of the library; its settings for padding and special tokens are changed.
+        ends: ids of special tokens that may mark the end of a document, the first that the
+            tokenizer has does; by default `<|endoftext|>`, as it does where it has none of them.
+        remedy: what a message says to do about a tokenizer that is refused.
+
+    Raises ValueError where there is no end of a document, and for a tokenizer that would not give
+    every text back.
     """
 
-    def __init__(self, backend: tokenizers.Tokenizer) -> None:
+    def __init__(
+        self, backend: tokenizers.Tokenizer, ends: Sequence[int] = (), remedy: str = RETRAIN
+    ) -> None:
         content = json.loads(backend.to_str())
-        special = [token["content"] for token in content["added_tokens"] if token["special"]]
-        if END_OF_TEXT not in special:
+        special = {
+            token["id"]: token["content"] for token in content["added_tokens"] if token["special"]
+        }
+        end = next((id_ for id_ in ends if id_ in special), None)
+        if end is None:
+            end = next((id_ for id_, token in special.items() if token == END_OF_TEXT), None)
+        if end is None:
+            others = f", and none with an id in {shown(list(ends))}" if ends else ""
             raise ValueError(
                 f"the tokenizer has no special token {END_OF_TEXT}, which marks the end of a "
-                f"document; {RETRAIN}"
+                f"document{others}; {remedy}"
             )
         vocab = backend.get_vocab(with_added_tokens=True)
         try:
             check_lossless(content, vocab)
         except ValueError as error:
             raise ValueError(
-                f"the tokenizer is not one that gives every text back: {error}; {RETRAIN}"
+                f"the tokenizer is not one that gives every text back: {error}; {remedy}"
             ) from None
         # The library cuts added tokens out of any text it is given, so that a user who types
         # <|endoftext|> ends the document. This switch turns that off; it is not saved in
@@ -75,7 +91,7 @@ class Tokenizer:
         split = content["pre_tokenizer"]
         cuts = split.get("pretokenizers", [split])
         self._turns_back = any(cut["type"] == "Split" for cut in cuts)
-        self.end_of_text_id: int = vocab[END_OF_TEXT]
+        self.end_of_text_id: int = end
 
     @property
     def vocab_size(self) -> int:
@@ -94,9 +110,19 @@ class Tokenizer:
         Files of Hugging Face say so where a model was trained with them (Llama 3's
         `<|begin_of_text|>`); pyllm's own say nothing.
         """
-        first = self.encode("x")[0]
-        ids = self._backend.encode("x", add_special_tokens=True).ids
-        return list(ids[: ids.index(first)]) if first in ids else []
+        return self._around[0]
+
+    @cached_property
+    def suffix_ids(self) -> list[int]:
+        """The same for what comes after a text."""
+        return self._around[1]
+
+    @cached_property
+    def _around(self) -> tuple[list[int], list[int]]:
+        text = self.encode("x")  # one token: no merge ends or begins within a byte
+        ids = list(self._backend.encode("x", add_special_tokens=True).ids)
+        at = ids.index(text[0])
+        return ids[:at], ids[at + len(text) :]
 
     @cached_property
     def special_tokens(self) -> dict[str, int]:
@@ -192,8 +218,8 @@ class Tokenizer:
         return file
 
     @classmethod
-    def load(cls, path: str | Path) -> Tokenizer:
-        """Reads a tokenizer.json, or the one in a folder.
+    def load(cls, path: str | Path, ends: Sequence[int] = (), remedy: str = RETRAIN) -> Tokenizer:
+        """Reads a tokenizer.json, or the one in a folder; `ends` and `remedy` as for the class.
 
         Raises ValueError, with the file's name and the remedy, where there is none, where it is
         damaged, where it has no end-of-text token, and where it would not give every text back.
@@ -201,19 +227,19 @@ class Tokenizer:
         file = Path(path)
         if file.is_dir():
             file = file / TOKENIZER_FILE
-        text = read_text(file, "tokenizer", RETRAIN)
-        _check_prefix(file, text)
+        text = read_text(file, "tokenizer", remedy)
+        _check_prefix(file, text, remedy)
         try:
             # The library raises a bare Exception, whatever is wrong with the file.
-            with panic_as_value_error():
+            with panic_as_value_error(remedy):
                 backend = tokenizers.Tokenizer.from_str(text)
         except Exception as error:
             raise ValueError(
                 f"{file}: not a tokenizer.json of the tokenizers library ({one_line(error)}); "
-                f"{RETRAIN}"
+                f"{remedy}"
             ) from error
         try:
-            return cls(backend)
+            return cls(backend, ends, remedy)
         except ValueError as error:
             raise ValueError(f"{file}: {error}") from None
 
@@ -275,7 +301,7 @@ class Tokenizer:
                 )
 
 
-def _check_prefix(file: Path, text: str) -> None:
+def _check_prefix(file: Path, text: str, remedy: str) -> None:
     # The library panics over one while it reads the file, before anything else can look at it.
     try:
         prefix = json.loads(text)["model"]["continuing_subword_prefix"]
@@ -284,5 +310,5 @@ def _check_prefix(file: Path, text: str) -> None:
     if prefix:
         raise ValueError(
             f"{file}: its model.continuing_subword_prefix is {shown(prefix)}; expected null; "
-            f"{RETRAIN}"
+            f"{remedy}"
         )

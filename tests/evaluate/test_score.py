@@ -147,8 +147,8 @@ def test_what_cannot_be_scored(tokenizer: Tokenizer) -> None:
         bits_per_byte(model, tokenizer, ["\ud800"])
     with pytest.raises(ValueError, match="tokens_per_batch must be a whole number .*, got 0"):
         bits_per_byte(model, tokenizer, ["a story"], tokens_per_batch=0)
-    with pytest.raises(ValueError, match="tokenizer has 260 tokens and the model 300; use the tok"):
-        bits_per_byte(model, train_bpe(["a"], 260), ["a story"])
+    with pytest.raises(ValueError, match="tokenizer has 320 tokens and the model 300; use the tok"):
+        bits_per_byte(model, train_bpe(write_stories(50, 0), 320), ["a story"])
 
 
 def test_a_broken_model_has_no_finite_score(tokenizer: Tokenizer) -> None:
@@ -159,12 +159,41 @@ def test_a_broken_model_has_no_finite_score(tokenizer: Tokenizer) -> None:
     assert math.isnan(validation_loss(model, [(IDS, IDS)]))
 
 
-def test_a_context_that_is_too_short(tokenizer: Tokenizer) -> None:
+def nats_of(model: Transformer, context: list[int], target: int) -> float:
+    with torch.no_grad():
+        logits = model.eval()(torch.tensor([context])).logits[0, -1]
+    return F.cross_entropy(logits.double(), torch.tensor(target)).item()
+
+
+@pytest.mark.parametrize("n_begin", [0, 1, 3])
+def test_a_start_longer_than_the_context_is_scored_in_windows(
+    tokenizer: Tokenizer, n_begin: int
+) -> None:
+    torch.manual_seed(0)
     model = Transformer(replace(CONFIG, max_seq_len=16))
-    with pytest.raises(
-        ValueError, match=r"1,024 bytes of text are \d+ tokens here, more than .* context of 16"
-    ):
-        bits_per_byte(model, tokenizer, ["a longer story than sixteen tokens " * 3])
+    story = "a longer story than sixteen tokens " * 3
+    begin = [tokenizer.end_of_text_id, 7, 8][:n_begin]
+    ids = [*begin, *tokenizer.encode(story)]
+    assert len(ids) > 33
+    scored = range(max(n_begin, 1), len(ids))
+    nats = sum(nats_of(model, ids[(at - 1) // 16 * 16 : at], ids[at]) for at in scored)
+    n_bytes = len(story) - (0 if begin else len(tokenizer.decode(ids[:1])))
+    result = bits_per_byte(model, tokenizer, [story, "b"], begin_ids=begin)
+    if not begin:  # of the second story, one token, nothing is left to score
+        expected, wanted = nats / math.log(2) / n_bytes, (1, len(scored), n_bytes)
+    else:
+        nats += nats_of(model, begin, tokenizer.encode("b")[0])
+        expected, wanted = nats / math.log(2) / (n_bytes + 1), (2, len(scored) + 1, n_bytes + 1)
+    assert result[1:] == wanted
+    assert result.value == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_padded_vocabulary_is_scored(tokenizer: Tokenizer) -> None:
+    model = random_model()
+    small = train_bpe(["Once upon a time"], 270)
+    assert small.vocab_size < CONFIG.vocab_size
+    value, *_ = plain_bits_per_byte(model, small, STORIES)
+    assert bits_per_byte(model, small, STORIES).value == pytest.approx(value, rel=1e-5)
 
 
 def test_validation_loss_is_the_mean_over_all_tokens() -> None:

@@ -81,10 +81,11 @@ VARIANTS: dict[str, dict[str, object]] = {
     "linear": {"rope_scaling": "linear", "rope_factor": 2.5},
     "llama3": {"rope_scaling": "llama3", "rope_factor": 4.0, "rope_original_len": 16},
     "yarn": {"rope_scaling": "yarn", "rope_factor": 4.0, "rope_original_len": 16},
+    "yarn-full-length": {"rope_scaling": "yarn", "rope_factor": 4.0, "rope_original_len": 64},
     "moe-yarn": {
         "rope_scaling": "yarn",
-        "rope_factor": 3.0,
-        "rope_original_len": 21,
+        "rope_factor": 2.0,
+        "rope_original_len": 32,
         "moe_every": 1,
     },
 }

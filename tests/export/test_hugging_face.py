@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from pyllm.export import write_hugging_face
+import pyllm
+from pyllm.export import TextSettings, write_hugging_face
 from pyllm.models import Transformer, load_model, load_transformer
 from pyllm.models.folder import load_config
 
@@ -177,10 +178,18 @@ def test_the_tokenizer_begins_a_text_as_in_training(transformers, tokenizer, tmp
     assert back.encode(text) == tokenizer.encode(text)
 
 
-def test_an_answer_ends_at_the_end_of_a_turn(transformers, tokenizer, tmp_path):
-    write_hugging_face(tmp_path / "out", lively(small(tokenizer)), tokenizer)
-    settings = transformers.GenerationConfig.from_pretrained(tmp_path / "out")
-    assert settings.eos_token_id == [0, tokenizer.token_to_id("<|im_end|>")]
+def test_the_end_of_a_turn_ends_a_text_only_where_the_model_was_tuned_for_it(
+    transformers, tokenizer, tmp_path
+):
+    model, end = lively(small(tokenizer)), tokenizer.end_of_text_id
+    tuned = replace(TextSettings.of_tokenizer(tokenizer), stop_ids=[end, 3])
+    for name, texts, stops in (("base", None, end), ("tuned", tuned, [end, 3])):
+        write_hugging_face(tmp_path / name, model, tokenizer, texts=texts)
+        for file in (transformers.GenerationConfig, transformers.AutoConfig):
+            assert file.from_pretrained(tmp_path / name).eos_token_id == stops
+    assert tokenizer.token_to_id("<|im_end|>") == 3
+    assert pyllm.load(tmp_path / "tuned", device="cpu").tuned_for_chat
+    assert not pyllm.load(tmp_path / "base", device="cpu").tuned_for_chat
 
 
 def test_the_dtype_is_as_asked_for(tokenizer, tmp_path):
@@ -240,6 +249,22 @@ def test_numbers_that_do_not_fit_are_refused(tokenizer, tmp_path):
         model.blocks[0].ffn.out_proj.weight[1, 2] = torch.nan
     with refused("as float32: a number is NaN or infinite", tmp_path / "o"):
         write_hugging_face(tmp_path / "o", model, tokenizer)
+
+
+def test_other_programs_may_change_the_folder(transformers, tokenizer, tmp_path):
+    """A fine-tuning saves weights, settings and tokenizer again, and pyllm loads what it saved."""
+    model = lively(small(tokenizer))
+    write_hugging_face(tmp_path / "out", model, tokenizer)
+    theirs = opened(transformers, tmp_path / "out", torch.float32)
+    with torch.no_grad():
+        theirs.lm_head.weight[3] += 1
+    theirs.save_pretrained(tmp_path / "out")
+    transformers.AutoTokenizer.from_pretrained(tmp_path / "out").save_pretrained(tmp_path / "out")
+    back, its_tokenizer = load_model(tmp_path / "out")
+    state = model.state_dict()["embedding.weight"]
+    assert torch.equal(back.state_dict()["embedding.weight"][3], state[3] + 1)
+    assert its_tokenizer.prefix_ids == [tokenizer.end_of_text_id]
+    assert pyllm.load(tmp_path / "out", device="cpu").stop_ids == {tokenizer.end_of_text_id}
 
 
 def test_an_unknown_dtype_and_a_place_that_is_taken_are_refused(tokenizer, tmp_path):

@@ -13,13 +13,15 @@ import pytest
 import torch
 from tokenizers import Tokenizer as Backend
 
-from pyllm.export import write_gguf
+import pyllm
+from pyllm.export import read_text_settings, write_gguf
 from pyllm.generate import SamplingConfig, generate_ids, generate_text
 from pyllm.models import Transformer
 from pyllm.tokenizers import Tokenizer, byte_tokenizer, train_bpe, train_characters
 from pyllm.tokenizers.lossless import SPLITS
 
 from .conftest import TEXTS, VARIANTS, lively, small
+from .foreign import GREEDY, KINDS, PROMPT, change, make_folder, stopping
 
 llama_cpp = pytest.importorskip(
     "llama_cpp", reason="llama-cpp-python is not installed: pip install -e '.[bench]'"
@@ -169,3 +171,24 @@ def test_special_tokens_are_the_same_on_request_only(tokenizer, tmp_path):
     for special in (False, True):
         theirs = llama.tokenize(text.encode(), add_bos=False, special=special)
         assert theirs == tokenizer.encode(text, allow_special=special)
+
+
+@pytest.mark.parametrize("kind", ["bare", "llama3"])
+def test_a_model_of_others_is_prompted_and_stopped_as_before(
+    transformers, tokenizer, tmp_path, kind
+):
+    folder = make_folder(transformers, tmp_path / "theirs", *KINDS[kind](tokenizer))
+    first = pyllm.load(folder, device="cpu")
+    stops = [*sorted(first.stop_ids), stopping(first)]
+    change(folder, "generation_config.json", eos_token_id=stops)
+    source = pyllm.load(folder, device="cpu")
+    write_gguf(
+        tmp_path / "m.gguf", source.model, source.tokenizer, texts=read_text_settings(source)
+    )
+    llama = opened(tmp_path / "m.gguf")
+    assert llama.tokenize(PROMPT.encode()) == source.prompt_ids(PROMPT)
+    answer = llama(PROMPT, max_tokens=60, temperature=0.0, top_k=1, repeat_penalty=1.0)
+    text = source.generate(PROMPT, GREEDY)
+    assert text != first.generate(PROMPT, GREEDY), "the stop is not reached"
+    assert answer["choices"][0]["finish_reason"] == "stop"
+    assert answer["choices"][0]["text"] == text.replace("\ufffd", "")

@@ -4,6 +4,7 @@ transformers itself is not needed here; tests/export compares the models.
 """
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -178,7 +179,7 @@ LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_positio
         (
             rope(
                 "yarn",
-                original_max_position_embeddings=8,
+                original_max_position_embeddings=16,
                 attention_factor=1.138629436,
                 beta_fast=32,
                 beta_slow=1,
@@ -186,7 +187,7 @@ LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_positio
                 truncate=True,
                 partial_rotary_factor=1.0,
             ),
-            ("yarn", 4.0, 8),
+            ("yarn", 4.0, 16),
         ),
         ({"rope_scaling": {"rope_type": "default"}}, ("none", 1.0, None)),
         ({"rope_scaling": {}}, ("none", 1.0, None)),
@@ -253,6 +254,20 @@ REFUSED = [
         rope("llama3", **LLAMA3) | {"original_max_position_embeddings": 8192},
         "original_max_position_embeddings, which is given twice, differ: 32 and 8192",
     ),
+    (
+        rope("yarn", original_max_position_embeddings=8),
+        "has the factor 4, while .* is 64 / 8 = 8, which transformers 4 takes instead; expected "
+        "the two to be the same: max_position_embeddings 32",
+    ),
+    (rope("yarn", original_max_position_embeddings=64), "has the factor 4, while .* 64 / 64 = 1,"),
+    (
+        rope("yarn") | {"original_max_position_embeddings": 16},
+        "its original_max_position_embeddings, 16, stands outside rope_scaling, where .*; move it",
+    ),
+    (
+        rope("yarn", original_max_position_embeddings=10**400),
+        "original_max_position_embeddings must be a whole number from 1 to 2,147,483,648, got",
+    ),
     (rope("yarn", attention_factor=1.0), "has attention_factor 1.0; expected 1.138"),
     (rope("yarn", attention_factor=10**400), "has attention_factor .*; expected 1.138"),
     (rope("yarn", beta_fast=16), "has beta_fast 16; expected 32.0"),
@@ -290,3 +305,13 @@ def test_what_would_be_another_model_is_refused(changes: dict[str, Any], message
 def test_what_would_be_another_mixtral_is_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         read_settings(MIXTRAL | changes)
+
+
+def test_a_yarn_that_is_read_in_two_ways_is_not_written() -> None:
+    yarn = replace(DENSE, rope_scaling="yarn", rope_factor=4.0, rope_original_len=8)
+    with pytest.raises(ValueError, match="has the factor 4, while .* is 64 / 8 = 8, which"):
+        write_settings(yarn)
+    for original, written in ((16, 16), (64, None)):
+        settings = write_settings(replace(yarn, rope_original_len=original))
+        assert settings["rope_scaling"].get("original_max_position_embeddings") == written
+        assert read_settings(settings) == replace(yarn, rope_original_len=original)

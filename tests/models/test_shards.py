@@ -242,3 +242,23 @@ def test_a_tokenizer_with_more_tokens_than_the_model_is_a_value_error(folder: Pa
         load_model(folder)
     train_bpe(["Once there was a fox. "] * 20, 280).save(folder)
     assert load_model(folder)[1].vocab_size < 300
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_numbers_that_are_none_are_refused(folder: Path, number: float, dtype: torch.dtype) -> None:
+    tensors = {name: tensor.to(dtype) for name, tensor in load_file(folder / WEIGHTS).items()}
+    tensors[W1][3, 5] = number
+    save_file(tensors, folder / WEIGHTS)
+    for wanted in (None, torch.bfloat16, torch.float16):
+        with pytest.raises(ValueError, match=f"{W1} holds a number that is NaN or infinite; the"):
+            load_transformer(folder, dtype=wanted)
+
+
+def test_numbers_that_do_not_fit_the_dtype_are_refused(folder: Path) -> None:
+    tensors = load_file(folder / WEIGHTS)
+    tensors[DOWN][0, 0] = 70_000
+    save_file(tensors, folder / WEIGHTS)
+    load_transformer(folder)
+    with pytest.raises(ValueError, match=f"{DOWN} holds a number beyond the range of float16; lo"):
+        load_transformer(folder, dtype=torch.float16)

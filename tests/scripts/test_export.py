@@ -45,7 +45,6 @@ def test_the_newest_run_becomes_a_folder_beside_it(export, fox, tmp_path):
     assert {path.name for path in out.iterdir()} == {
         "config.json",
         "generation_config.json",
-        "manifest.json",
         "model.safetensors",
         "tokenizer.json",
         "tokenizer_config.json",
@@ -80,6 +79,9 @@ def test_what_cannot_be_exported_is_said_in_one_line(refusal: Refusal, fox: Path
     )
     line = refusal("export", "--model", fox, "--to", "gguf", "--dtype", "q8_0", "--out", "x")
     assert "d_ff is 16, and q8_0 stores rows in blocks of 32; choose another dtype" in line
+    for name in ("m.gguf", "new/M.GGUF"):
+        line = refusal("export", "--model", fox, "--out", name)
+        assert f"out {name} is named as one file, and --to hf writes a folder; give --to" in line
     assert "dtype q8_0 is only for --to gguf" in refusal("export", "--dtype", "q8_0")
     assert f"{gelu}: already there; remove it or" in refusal(
         "export", "--model", fox, "--out", gelu

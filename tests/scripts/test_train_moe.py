@@ -1,5 +1,9 @@
 """What is wrong with the data, the folders and the tokenizer of a run is told before the work."""
 
+import contextlib
+import os
+import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -8,7 +12,7 @@ import pytest
 
 from pyllm.train import TRAIN_PRESETS
 
-from .conftest import Refusal
+from .conftest import Refusal, script_path
 
 
 @pytest.fixture
@@ -88,6 +92,53 @@ def test_the_benchmark_mode_is_the_other_script(mode: list[str], tmp_path: Path)
     flags = [*command[:2], *mode, "--train.seed", "1"]
     result = subprocess.run(flags, capture_output=True, text=True, cwd=tmp_path)
     assert result.returncode == 2 and "Unrecognized options: --train.seed" in result.stderr
+
+
+BENCHMARK = """
+import os, sys, time
+from dataclasses import dataclass
+from pyllm._cli import run
+
+@dataclass
+class Config:
+    new_tokens: int = 0
+
+def main(config):
+    print(os.getpid(), config.new_tokens, flush=True)
+    time.sleep(60)
+
+if __name__ == "__main__":
+    run(main, Config)
+"""
+
+
+@pytest.mark.skipif(os.name != "posix", reason="one process takes the other's place on POSIX only")
+@pytest.mark.parametrize(
+    ("number", "code", "told"),
+    [(signal.SIGINT, 130, "interrupted\n"), (signal.SIGTERM, -signal.SIGTERM, "")],
+)
+def test_a_signal_reaches_the_benchmark(
+    tmp_path: Path, number: signal.Signals, code: int, told: str
+) -> None:
+    """With a script in its place that waits: no traceback of a second process, and no orphan."""
+    shutil.copy(script_path("train_moe"), tmp_path)
+    (tmp_path / "benchmark.py").write_text(BENCHMARK)
+    command = [sys.executable, "train_moe.py", "--mode", "benchmark", "--new-tokens", "4"]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path
+    ) as process:
+        assert process.stdout is not None
+        pid, new_tokens = map(int, process.stdout.readline().split())
+        try:
+            assert (pid, new_tokens) == (process.pid, 4)
+            process.send_signal(number)
+            _, stderr = process.communicate(timeout=20)
+        finally:
+            process.kill()
+            if pid != process.pid:  # the orphan that there should not be
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+    assert (process.returncode, stderr) == (code, told)
 
 
 def test_a_mode_that_there_is_not(error: Refusal) -> None:

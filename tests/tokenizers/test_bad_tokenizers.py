@@ -94,7 +94,7 @@ def vocab_with(**tokens):
             changed(
                 "post_processor", to={"type": "BertProcessing", "sep": ["x", 1], "cls": ["y", 2]}
             ),
-            "post_processor is 'BertProcessing'; expected ByteLevel",
+            "post_processor is 'BertProcessing'; expected ByteLevel or TemplateProcessing",
         ),
         (vocab_with(xy=9999), f"tokens leave the id {NEXT} out; expected 0 to {NEXT}"),
         (vocab_with(xy=20), "two of its tokens share the id 20"),
