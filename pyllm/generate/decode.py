@@ -50,7 +50,7 @@ def generate(
         ValueError: the tokenizer does not fit the model; see also :func:`generate_ids`.
     """
     ids = prompt_ids(model, tokenizer, prompt)
-    session = new_session(model, tokenizer, [ids], config)
+    session = new_session(model, tokenizer, [ids], config, [tokenizer.end_of_text_id])
     for _, piece in stream_texts(session, tokenizer, [ids], config, [tokenizer.end_of_text_id]):
         yield piece
 
@@ -67,10 +67,12 @@ def new_session(
     tokenizer: Tokenizer,
     prompts: Sequence[Sequence[int]],
     config: SamplingConfig,
+    begin_ids: Sequence[int] = (),
 ) -> Session:
-    """A session with as much room as these prompts and their continuations can take."""
+    """A session with as much room as these prompts and their continuations can take, up to the
+    model's context; ``begin_ids`` as :class:`Session` has it."""
     longest = max(map(len, prompts)) + config.max_new_tokens
-    return Session(model, len(prompts), longest, tokenizer.vocab_size)
+    return Session(model, len(prompts), longest, tokenizer.vocab_size, begin_ids)
 
 
 def stream_texts(

@@ -135,7 +135,8 @@ class LanguageModel:
         """What the model writes after a prompt (which is not repeated), or after each of several.
 
         Several prompts, of any lengths, run side by side. Each gives what it would give alone; the
-        one at place ``b`` draws with the seed ``seed + b``.
+        one at place ``b`` draws with the seed ``seed + b``. A prompt longer than the model's
+        context is cut to its end, as :class:`Session` has it, with a warning.
 
         Args:
             prompt: one text or a list of them; special tokens in it are text. An empty one begins
@@ -160,7 +161,7 @@ class LanguageModel:
         ids = [self.prompt_ids(one) for one in prompts]
         pieces: Iterator[tuple[int, str]] = iter(())
         if ids:
-            session = new_session(self.model, self.tokenizer, ids, config)
+            session = new_session(self.model, self.tokenizer, ids, config, self.begin_ids)
             pieces = stream_texts(session, self.tokenizer, ids, config, self.stop_ids)
         if isinstance(prompt, str):
             alone = (piece for _, piece in pieces)
@@ -239,7 +240,7 @@ class LanguageModel:
         Args:
             context: see :class:`Session`.
         """
-        return Session(self.model, 1, context, self.tokenizer.vocab_size)
+        return Session(self.model, 1, context, self.tokenizer.vocab_size, self.begin_ids)
 
     def prompt_ids(self, prompt: str) -> list[int]:
         """The tokens that the model is given for a prompt: those that begin a text, then its own.
