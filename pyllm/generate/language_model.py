@@ -205,6 +205,9 @@ class LanguageModel:
     ) -> str | Iterator[str]:
         """The assistant's answer to a conversation. Warns when the model never learned to.
 
+        Nothing of the conversation is forgotten in silence: the answer ends where the session's
+        context does, at the latest.
+
         Args:
             messages: ``{"role": "system" | "user" | "assistant", "content": text}``, the last one
                 the user's. Special tokens in a content are text.
@@ -215,24 +218,43 @@ class LanguageModel:
             settings: of :class:`SamplingConfig`, instead of those in ``config``.
 
         Raises:
-            ValueError: an unknown or impossible setting, messages of another form, more tokens
-                than the session looks back on, a model without a chat template or without the
-                tokens it needs.
+            ValueError: an unknown or impossible setting, messages of another form, so many tokens
+                that the session's context has no room for an answer, a model without a chat
+                template or without the tokens it needs.
         """
         config = _settings(config, settings)
-        ids = self.template.ids(messages)
+        drawn = {} if session is None else session.answers
+        ids = self.template.ids(messages, drawn)
         if not self.tuned_for_chat:
             warnings.warn(NOT_TUNED, stacklevel=2)
         session = self.new_session() if session is None else session
-        if len(ids) > session.context:
+        room = session.context - len(ids)
+        if room < 1:
             raise ValueError(
                 f"the conversation has {len(ids)} tokens, and the model looks back on "
-                f"{session.context}; leave out its oldest messages"
+                f"{session.context}, its answer included; leave out its oldest messages"
             )
-        stops = self.stop_ids | {self.template.end_id}
-        pieces = stream_texts(session, self.tokenizer, [ids], config, stops)
-        answer = (piece for _, piece in pieces)
+        config = replace(config, max_new_tokens=min(config.max_new_tokens, room))
+        answer = self._answer(session, ids, config)
         return answer if stream else "".join(answer)
+
+    def _answer(self, session: Session, ids: list[int], config: SamplingConfig) -> Iterator[str]:
+        """Yield an answer in pieces, and remember its tokens."""
+        text = ""
+        stops = self.stop_ids | {self.template.end_id}
+        for _, piece in stream_texts(session, self.tokenizer, [ids], config, stops):
+            text += piece
+            yield piece
+        self.remember(session, text, session.ids[0][len(ids) :])
+
+    def remember(self, session: Session, text: str, ids: list[int]) -> None:
+        """Keep the tokens of an answer for the next turn, if they are this text and no more.
+
+        A special token that the model drew in the middle of an answer would be one in the
+        conversation, and after a stop string more was drawn than is told.
+        """
+        if self.tokenizer.decode(ids, skip_special=False) == text:
+            session.answers[text] = ids
 
     def new_session(self, context: int | None = None) -> Session:
         """An empty session for one text or conversation that goes on.

@@ -79,6 +79,7 @@ class Session:
     Attributes:
         ids: the tokens of each row, prompt and continuation; the ones forgotten are not among them.
         timing: since :meth:`begin`.
+        answers: of a conversation: the tokens that were drawn for an answer, by its text.
 
     Raises:
         ValueError: a size below 1, more than the machine's memory.
@@ -104,6 +105,7 @@ class Session:
         self.cache: KVCache = model.new_cache(rows, self.context)
         self.ids: list[list[int]] = [[] for _ in range(rows)]
         self.timing = Timing()
+        self.answers: dict[str, list[int]] = {}
         self._left: dict[int, int] = {}  # running row: how many tokens it may still write
 
     @property

@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Callable, Collection
+from dataclasses import replace
 from typing import Protocol
 
 from pyllm.generate.config import SamplingConfig
@@ -80,15 +81,23 @@ class Writer:
         self.ids: list[int] = []
         self.text = ""
         self.ended = True
+        self._turns = 0
         self._stats = stats
         self._afterwards = afterwards
 
-    def write(self, ids: list[int], stop_ids: Collection[int]) -> None:
-        """Go on after these tokens, until the text ends or is interrupted."""
+    def write(self, ids: list[int], stop_ids: Collection[int], most: int | None = None) -> None:
+        """Go on after these tokens, until the text ends or is interrupted.
+
+        Args:
+            ids: what is there already.
+            stop_ids: each ends the text.
+            most: no more tokens than this, if ``config`` allows more.
+        """
         stream = TextStream(self.model.tokenizer, self.config.stop)
         self.text, self.ended = "", False
+        config = self._config_of_turn(most)
         try:
-            self.session.begin([ids], self.config, stop_ids)
+            self.session.begin([ids], config, stop_ids)
             while self.session.running:
                 drawn = self.session.step()
                 for _, token in drawn:
@@ -97,15 +106,28 @@ class Writer:
                 if stream.stopped:
                     self.session.end(0)
         finally:
-            self._print(stream.end())
+            rest = stream.end()
+            self.text += rest
             self.ids = self.session.ids[0]
             if stream.stopped:  # the tokens of a stop string are no part of the text
                 self.ids = [*ids, *self.model.tokenizer.encode(self.text)]
-            print(flush=True)
+            print(rest, flush=True)
             if self._stats:
-                print(self.session.timing, flush=True)
+                # In a file or a pipe, the text is the text alone.
+                to = sys.stdout if sys.stdout.isatty() else sys.stderr
+                print(self.session.timing, file=to, flush=True)
         if self._afterwards is not None:
             self._afterwards(self.ids)
+
+    def _config_of_turn(self, most: int | None) -> SamplingConfig:
+        """How to draw the next text: each has a seed of its own, or all would be told alike."""
+        config, turn = self.config, self._turns
+        self._turns += 1
+        if config.seed is not None:
+            config = replace(config, seed=(config.seed + turn) % 2**63)
+        if most is not None:
+            config = replace(config, max_new_tokens=min(most, config.max_new_tokens))
+        return config
 
     def _print(self, piece: str) -> None:
         self.text += piece
@@ -151,7 +173,8 @@ class Story:
 class Chat:
     """A conversation, as the model's chat template has it.
 
-    Its oldest messages are forgotten when the model's context has no room for them any more.
+    Its oldest messages are forgotten, with a line that says so, when the model's context has no
+    room for them any more. What it was told before all messages is not.
 
     Args:
         writer: prints the answers.
@@ -185,34 +208,51 @@ class Chat:
             self._messages = []
         if not line:
             return
-        ids = self._with(line)
+        ids, messages = self._fitting(line)
         self._warn()
+        n_forgotten = len(self._messages) + 1 - len(messages)
+        session = self.writer.session
+        if n_forgotten:
+            _note(f"forgotten: the oldest messages, for the context of {session.context} is full")
+        room = session.context - len(ids)
+        # All at once and at the end: an interruption leaves a message with its answer, or neither.
+        self.writer.text = ""
         try:
-            self.writer.write(ids, self._stop_ids)
+            self.writer.write(ids, self._stop_ids, room)
         finally:
-            self._messages.append({"role": "assistant", "content": self.writer.text})
+            text = self.writer.text
+            self.writer.model.remember(session, text, self.writer.ids[len(ids) :])
+            self._messages = [*messages, {"role": "assistant", "content": text}]
+        if not self.writer.ended and room < self.writer.config.max_new_tokens:
+            _note(f"cut short: the context of {session.context} is full")
 
     def _warn(self) -> None:
         if not self._warned:
             print(f"warning: {NOT_TUNED}", file=sys.stderr, flush=True)
         self._warned = True
 
-    def _with(self, line: str) -> list[int]:
-        """The tokens of the conversation with one more message, and room for an answer."""
-        context = self.writer.session.context
-        room = min(self.writer.config.max_new_tokens, context // 2)
+    def _fitting(self, line: str) -> tuple[list[int], list[dict[str, str]]]:
+        """The tokens of the conversation with one more message, with room for an answer after
+        them, and the messages they are for."""
+        session = self.writer.session
+        room = min(self.writer.config.max_new_tokens, session.context // 2)
         messages = [*self._messages, {"role": "user", "content": line}]
         while True:
-            ids = self.writer.model.template.ids([*self._system, *messages])
-            if len(ids) + room <= context or (len(messages) == 1 and len(ids) <= context):
-                self._messages = messages
-                return ids
+            told = [*self._system, *messages]
+            ids = self.writer.model.template.ids(told, session.answers)
+            # A message alone is answered as far as there is room.
+            if len(ids) + (room if len(messages) > 1 else 1) <= session.context:
+                return ids, messages
             if len(messages) == 1:
                 raise TooLongError(
                     f"the message is {len(ids)} tokens with all that belongs to it, and the model "
-                    f"looks back on {context}; expected a shorter one"
+                    f"looks back on {session.context}, its answer included; expected a shorter one"
                 )
             messages = messages[2:]  # a message and its answer
+
+
+def _note(text: str) -> None:
+    print(f"({text})", file=sys.stderr, flush=True)
 
 
 def _without_command(line: str) -> tuple[str, bool]:

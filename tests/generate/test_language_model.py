@@ -267,6 +267,86 @@ def test_a_conversation_is_not_computed_again(tmp_path: Path) -> None:
     )
 
 
+@pytest.fixture
+def random_chat(tmp_path: Path) -> LanguageModel:
+    """Answers with tokens drawn from nearly all, which its tokenizer would cut otherwise."""
+    config = ModelConfig(**SMALL | {"vocab_size": CHAT.vocab_size, "max_seq_len": 256})
+    save_model(tmp_path / "random", make_model(config), CHAT)
+    (tmp_path / "random" / "manifest.json").unlink()
+    change(
+        tmp_path / "random", "generation_config.json", eos_token_id=CHAT.token_to_id("<|im_end|>")
+    )
+    return pyllm.load(tmp_path / "random")
+
+
+def test_answers_that_were_sampled_are_not_computed_again(random_chat: LanguageModel) -> None:
+    """As text they are cut into other tokens; in a conversation they are those that were drawn."""
+    otherwise = 0
+    special = set(CHAT.special_tokens.values())
+    for seed in range(8):
+        session = random_chat.new_session()
+        messages = [{"role": "system", "content": "Be brief."}, *HELLO]
+        for turn in range(3):
+            held = len(session.ids[0])
+            settings: dict[str, Any] = {"seed": 10 * seed + turn, "max_new_tokens": 20}
+            answer = random_chat.chat(messages, session=session, temperature=1.5, **settings)
+            timing = session.timing
+            total = timing.cached_tokens + timing.prefill_tokens
+            if turn:
+                assert timing.prefill_tokens <= total - held + 1
+            drawn = session.ids[0][total:]
+            if special & set(drawn):
+                break  # it would be one in the conversation, and its text is taken instead
+            otherwise += CHAT.encode(answer) != drawn
+            assert session.answers[answer] == drawn
+            messages += [{"role": "assistant", "content": answer}, *HELLO]
+    assert otherwise > 10
+
+
+def test_a_special_token_within_an_answer_is_none_in_the_conversation(tmp_path: Path) -> None:
+    start, end = CHAT.token_to_id("<|im_start|>"), CHAT.token_to_id("<|im_end|>")
+    ids = [*CHAT.encode("A"), start, *CHAT.encode("fox")]
+    model = chain_model(CHAT, ids, *CHAT.encode("\n"), end, max_seq_len=128)
+    save_model(tmp_path / "chat", model, CHAT)
+    one = pyllm.load(tmp_path / "chat")
+    session = one.new_session()
+    with pytest.warns(UserWarning, match="not fine-tuned"):
+        answer = one.chat(HELLO, session=session, greedy=True)
+    assert answer == "Afox" and start in session.ids[0][-4:] and not session.answers
+
+
+def test_an_answer_ends_where_the_context_does(random_chat: LanguageModel) -> None:
+    """It would slide, and what the model was told before all messages would be the first to go."""
+    session = random_chat.new_session(context=60)
+    messages = [{"role": "system", "content": "Be brief."}, *HELLO]
+    ids = random_chat.template.ids(messages)
+    drawn = 0
+    for seed in range(5):
+        settings: dict[str, Any] = {"seed": seed, "max_new_tokens": 1000}
+        random_chat.chat(messages, session=session, temperature=0.5, **settings)
+        assert session.ids[0][: len(ids)] == ids
+        assert len(session.ids[0]) <= 60
+        drawn = max(drawn, session.timing.new_tokens)
+    assert drawn == 60 - len(ids)
+    full = random_chat.new_session(context=len(ids))
+    with pytest.raises(
+        ValueError, match=f"has {len(ids)} tokens, and the model looks back on {len(ids)}, "
+    ):
+        random_chat.chat(messages, session=full)
+
+
+def test_a_prompt_that_is_cut_warns_and_begins_as_every_text(model: LanguageModel) -> None:
+    words = "fox " * 60
+    n_tokens = len(model.prompt_ids(words))
+    with pytest.warns(
+        UserWarning,
+        match=f"the prompt has {n_tokens} tokens and the model looks back on 48: only the last 28",
+    ):
+        text = model.generate(words, GREEDY)
+    cut = [*model.begin_ids, *model.prompt_ids(words)[-27:]]
+    assert text == model.tokenizer.decode(list(generate_ids(model.model, cut, GREEDY)))
+
+
 def test_a_model_not_tuned_for_chat_says_so(model: LanguageModel) -> None:
     assert not model.tuned_for_chat
     with pytest.warns(UserWarning, match="this model was not fine-tuned for chat") as told:
@@ -278,7 +358,10 @@ def test_what_a_chat_refuses(model: LanguageModel, tokenizer: Tokenizer, tmp_pat
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         long = [{"role": "user", "content": "Hello" * 100}]
-        with pytest.raises(ValueError, match="tokens, and the model looks back on 48; leave out"):
+        with pytest.raises(
+            ValueError,
+            match="tokens, and the model looks back on 48, its answer included; leave out",
+        ):
             model.chat(long, stream=True)
         with pytest.raises(ValueError, match="unknown setting 'role'"):
             model.chat(HELLO, role="user")
