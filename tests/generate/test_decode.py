@@ -168,6 +168,31 @@ def test_the_expert_trace_names_the_experts_that_ran():
     assert [block.ffn.dispatcher for block in model.blocks[1::2]] == dispatchers
 
 
+def test_the_expert_trace_begins_with_the_heaviest_also_where_a_bias_chooses():
+    config = replace(ModelConfig(**SMALL), router_bias=True, top_k=3)
+    model = make_model(config)
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(config.vocab_size, (30,), generator=generator).tolist()
+    given = []
+    for block in model.blocks:
+        bias = torch.empty_like(block.ffn.router_bias).uniform_(-0.5, 0.5, generator=generator)
+        block.ffn.router_bias.copy_(bias)
+        inner = block.ffn.dispatcher
+
+        def spied(x, w_in, w_out, weights, experts, activation, inner=inner):
+            given.append((weights, experts))
+            return inner(x, w_in, w_out, weights, experts, activation)
+
+        block.ffn.dispatcher = spied
+    trace = expert_trace(model, ids)
+    assert len(given) == len(trace) == 3
+    for layer, (weights_NA, experts_NA) in zip(trace, given, strict=True):
+        assert torch.equal(layer.sort(-1).values, experts_NA.sort(-1).values)
+        heaviest = experts_NA.gather(1, weights_NA.argmax(-1, keepdim=True))
+        assert torch.equal(layer[:, :1], heaviest)
+        assert not torch.equal(experts_NA[:, :1], heaviest), "the bias changes nothing here"
+
+
 def test_the_expert_trace_puts_the_dispatchers_back_after_an_error():
     model = make_model(ModelConfig(**SMALL))
     dispatcher = model.blocks[0].ffn.dispatcher
