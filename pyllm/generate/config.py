@@ -30,7 +30,8 @@ class SamplingConfig:
     above 0 is divided by it, one below 0 multiplied (arXiv:1909.05858); 1 for no difference. Not
     for the tokens that end a text, nor for what every text begins with."""
     stop: tuple[str, ...] = ()
-    """The text ends before the first of these; it is not written itself."""
+    """The text ends before the first of these; it is not written itself. The name of a special
+    token, such as <|im_end|>, means the token, too."""
     greedy: bool = False
     """Always take the most likely token. Of the settings above, only the penalty, the stop strings
     and the number of tokens matter then."""

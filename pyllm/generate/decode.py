@@ -91,7 +91,7 @@ def stream_texts(
         ValueError: see :meth:`Session.begin` and :meth:`Session.step`.
     """
     streams = [TextStream(tokenizer, config.stop) for _ in prompts]
-    session.begin(prompts, config, stop_ids)
+    session.begin(prompts, config, with_special_stops(tokenizer, config, stop_ids))
     while rows := session.running:
         drawn = dict(session.step())
         for row in rows:
@@ -103,6 +103,15 @@ def stream_texts(
                 piece += stream.end()
             if piece:
                 yield row, piece
+
+
+def with_special_stops(
+    tokenizer: Tokenizer, config: SamplingConfig, stop_ids: Collection[int]
+) -> frozenset[int]:
+    """These and the special tokens among ``config.stop``: in the text they would never be met, for
+    special tokens are left out of it."""
+    special = tokenizer.special_tokens
+    return frozenset(stop_ids) | {special[text] for text in config.stop if text in special}
 
 
 def prompt_ids(model: Transformer, tokenizer: Tokenizer, prompt: str) -> list[int]:

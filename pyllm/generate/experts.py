@@ -11,7 +11,7 @@ from pyllm.models import Transformer
 
 
 class _Recorder:
-    """Passes on what an MoE layer dispatches, and remembers the chosen experts, the heaviest first."""
+    """Passes on what an MoE layer dispatches, and remembers the experts, the heaviest first."""
 
     def __init__(self, inner: Dispatcher) -> None:
         self.inner = inner

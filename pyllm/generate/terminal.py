@@ -1,16 +1,22 @@
 """Stories and chats at a terminal: what is written appears as it comes, and Ctrl-C ends only it."""
 
+import contextlib
+import io
 import sys
 from collections.abc import Callable, Collection
 from dataclasses import replace
 from typing import Protocol
 
 from pyllm.generate.config import SamplingConfig
+from pyllm.generate.decode import with_special_stops
 from pyllm.generate.language_model import NOT_TUNED, LanguageModel
 from pyllm.generate.stream import TextStream
 
 NEW = "/new"
 """Typed before anything else, it begins another story or conversation."""
+
+
+NO_SPACE_BEFORE = ",.;:!?…')]}’”»"
 
 
 class TooLongError(ValueError):
@@ -27,28 +33,57 @@ class Turns(Protocol):
         """Answer a line."""
 
 
-def interact(turns: Turns, ask: Callable[[str], str] = input) -> None:
-    """Hand on every line that ``ask`` gives, until it raises EOFError (Ctrl-D).
+def interact(turns: Turns, ask: Callable[[str], str] | None = None) -> None:
+    """Hand on every line that is typed, until Ctrl-D. One that is no text is asked for again.
 
-    Raises:
-        ValueError: a line is not UTF-8.
+    Args:
+        turns: take the lines.
+        ask: given a prompt, gives a line, or raises EOFError (Ctrl-D); by default the keyboard.
     """
+    ask = ask or _keyboard()
     turns.greet()
     print("Ctrl-C ends what is being written, Ctrl-D the program.")
     while True:
         try:
-            turns.take(ask("> "))
-        except KeyboardInterrupt:
-            print()
-        except TooLongError as error:
-            print(f"error: {error}", file=sys.stderr, flush=True)
+            try:
+                line = ask("> ")
+                line.encode()  # what was no UTF-8 may have come as lone surrogates
+                turns.take(line)
+            except KeyboardInterrupt:
+                print()
+            except TooLongError as error:
+                _complain(str(error))
+            except UnicodeDecodeError as error:
+                _complain_of_byte(error.object[error.start])
+            except UnicodeEncodeError as error:
+                _complain_of_byte(ord(error.object[error.start]) & 0xFF)
+        except KeyboardInterrupt:  # pressed once more, while the first one was dealt with
+            continue
         except EOFError:
             print()
             return
-        except UnicodeDecodeError as error:
-            raise ValueError(
-                f"what was typed is not UTF-8 ({error.object[error.start]:#04x}); expected UTF-8"
-            ) from None
+
+
+def _keyboard() -> Callable[[str], str]:
+    """``input``, which edits lines where the system can, and reads on after bytes of no text."""
+    if sys.stdin.isatty() and sys.stdout.isatty():
+        with contextlib.suppress(ImportError):  # such as on Windows
+            import readline  # without it an arrow key is three characters of the line
+
+            # Its switches for the terminal would stand before every prompt.
+            readline.parse_and_bind("set enable-bracketed-paste off")
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        # Otherwise one byte would take what is read ahead with it: all lines of a pipe.
+        sys.stdin.reconfigure(errors="surrogateescape")
+    return input
+
+
+def _complain(what: str) -> None:
+    print(f"error: {what}", file=sys.stderr, flush=True)
+
+
+def _complain_of_byte(byte: int) -> None:
+    _complain(f"what was typed is not UTF-8 ({byte:#04x}); expected UTF-8")
 
 
 class Writer:
@@ -94,6 +129,7 @@ class Writer:
             most: no more tokens than this, if ``config`` allows more.
         """
         stream = TextStream(self.model.tokenizer, self.config.stop)
+        stop_ids = with_special_stops(self.model.tokenizer, self.config, stop_ids)
         self.text, self.ended = "", False
         config = self._config_of_turn(most)
         try:
@@ -160,7 +196,7 @@ class Story:
         model, before = self.writer.model, self.writer.ids
         if new or self.fresh or (self.writer.ended and not line):
             before, self._told = [], ""
-        if self._told and line and not (self._told[-1].isspace() or line[0].isspace()):
+        if self._told and line and not self._told[-1].isspace() and _begins_a_word(line):
             line = f" {line}"
         print(line, end="", flush=True)
         ids = [*before, *model.tokenizer.encode(line)] if before else model.prompt_ids(line)
@@ -253,6 +289,14 @@ class Chat:
 
 def _note(text: str) -> None:
     print(f"({text})", file=sys.stderr, flush=True)
+
+
+def _begins_a_word(line: str) -> bool:
+    """Does a line that goes on with a text need a space before it?"""
+    first, after = line[0], line[1:2]
+    if first == '"':  # opens what somebody says, or closes it
+        return after.isalnum()
+    return not first.isspace() and first not in NO_SPACE_BEFORE
 
 
 def _without_command(line: str) -> tuple[str, bool]:

@@ -96,6 +96,15 @@ def test_stop_strings_end_each_row_for_itself(model: LanguageModel) -> None:
     assert model.generate(PROMPTS[0], GREEDY, stop=stop) == free[0].partition(stop)[0]
 
 
+def test_a_stop_string_that_is_a_special_token_is_one(tokenizer: Tokenizer) -> None:
+    pad = tokenizer.pad_id
+    chain = chain_model(tokenizer, [*tokenizer.encode("Once."), pad, *tokenizer.encode("fox")])
+    one = LanguageModel(chain, tokenizer)
+    assert one.generate("", greedy=True) == "Once.fox"
+    assert one.generate("", greedy=True, stop="<|pad|>") == "Once."
+    assert one.generate("", greedy=True, stop=["fo", "<|pad|>x"]) == "Once."
+
+
 def test_a_row_that_met_its_stop_string_is_given_no_more_tokens(
     model: LanguageModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -53,6 +53,11 @@ def typing(*lines: str | BaseException) -> Callable[[str], str]:
     return ask
 
 
+def typing_silently(*lines: str | BaseException) -> Callable[[str], str]:
+    ask = typing(*lines)
+    return lambda prompt: ask("")
+
+
 def interrupted(writer: Writer, after: int) -> None:
     """Ctrl-C at this step of the model, once."""
     inner = writer.session.step
@@ -192,9 +197,73 @@ def test_interact(model: LanguageModel, capsys: Output) -> None:
     out = capsys.readouterr().out
     assert out.startswith("Type how a story begins")
     assert out.count("> ") == 5 and out.endswith("> \n")
+
+
+def test_what_is_no_text_is_asked_for_again(model: LanguageModel, capsys: Output) -> None:
+    writer = Writer(model, GREEDY)
     mistake = UnicodeDecodeError("utf-8", b"caf\xe9", 3, 4, "bad")
-    with pytest.raises(ValueError, match=r"what was typed is not UTF-8 \(0xe9\); expected UTF-8"):
-        interact(Story(writer), typing(mistake))
+    interact(Story(writer), typing("Once", mistake, "caf\udce9", "fox"))
+    out, err = capsys.readouterr()
+    assert err == "error: what was typed is not UTF-8 (0xe9); expected UTF-8\n" * 2
+    assert out.count("> ") == 5 and " fox" in out.rpartition("> ")[0].rpartition("> ")[2]
+
+
+def test_ctrl_c_twice_does_not_end_the_program(
+    model: LanguageModel, capsys: Output, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    presses = [2]
+
+    def pressed_again(*values: object, **more: object) -> None:
+        presses[0] -= not values
+        if not values and not presses[0]:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("builtins.print", pressed_again)
+    interact(
+        Story(Writer(model, GREEDY)), typing_silently(KeyboardInterrupt(), KeyboardInterrupt())
+    )
+    assert presses[0] == -1
+
+
+def test_a_line_of_punctuation_follows_without_a_space(model: LanguageModel) -> None:
+    for line, joint in (
+        (", and slept", ""),
+        ("...", ""),
+        ("!", ""),
+        ("'s fox", ""),
+        ('" said', ""),
+        ('"', ""),
+        ('"Hello', " "),
+        ("a fox", " "),
+        (" ,", ""),
+        ("(red)", " "),
+        (") red", ""),
+        ("\u201d x", ""),
+        ("\u201cHi", " "),
+        ("3", " "),
+    ):
+        writer = Writer(model, SamplingConfig(greedy=True, max_new_tokens=1))
+        story = Story(writer)
+        story.take("The boy went home")
+        story._told = story._told.rstrip() + "."  # whatever the model wrote
+        ids = list(writer.ids)
+        story.take(line)
+        assert writer.ids[len(ids) : -1] == model.tokenizer.encode(joint + line), line
+
+
+def test_a_stop_string_that_is_a_special_token_ends_an_answer(
+    chatty: LanguageModel, capsys: Output
+) -> None:
+    """It is left out of the text, where a string would look for it in vain."""
+    config = SamplingConfig(greedy=True, max_new_tokens=12, stop=("<|im_end|>",))
+    chatty.stop_ids = frozenset()
+    ids = chatty.template.ids([{"role": "user", "content": "Hello"}])
+    writer = Writer(chatty, config)
+    writer.write(ids, ())
+    assert (writer.text, writer.ended) == ("A red fox!", True)
+    writer.config = SamplingConfig(greedy=True, max_new_tokens=12)
+    writer.write(ids, ())
+    assert not writer.ended
 
 
 def test_what_is_done_afterwards(model: LanguageModel, capsys: Output) -> None:

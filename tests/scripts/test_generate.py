@@ -66,9 +66,9 @@ def test_a_story_of_the_newest_run_with_stats_and_experts(place):
     assert (code, error) == (0, "")
     assert plain.startswith("Once") and len(plain) > 10
 
-    code, out, _ = run(place, *flags, "--model", "runs/fox", "--stats", "--show-experts")
+    code, out, stats = run(place, *flags, "--model", "runs/fox", "--stats", "--show-experts")
     assert code == 0 and out.startswith(plain)
-    written = re.search(r"(\d+) new tokens; prefill \d+ tokens .* [\d.]+ tokens/s", out)
+    written = re.fullmatch(r"(\d+) new tokens; prefill \d+ tokens .* [\d.]+ tokens/s\n", stats)
     assert written and 1 <= int(written[1]) <= 30
     assert "MoE layer 1 of 0 to 1" in out
     counts = re.findall(r"(\d+): (\d+)", out.rpartition("tokens by expert")[2])
