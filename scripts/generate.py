@@ -59,7 +59,7 @@ class Config(SamplingConfig):
     device: str = "auto"
     """auto (cuda, then mps, then cpu), cpu, cuda, cuda:1, mps."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Of the weights; auto: as saved."""
+    """Of the weights; auto: float32, or float64 where they were saved so."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -62,7 +62,7 @@ def _saved_at(model: Path) -> float:
 
 
 def pick_dtype(name: str = "auto") -> torch.dtype | None:
-    """``float32``, ``bfloat16``, ``float16``; ``auto`` is None, as saved.
+    """``float32``, ``bfloat16``, ``float16``; ``auto`` is None: float32, or float64 where saved so.
 
     Raises:
         ValueError: unknown name.
