@@ -53,7 +53,7 @@ def test_the_trainer_is_the_one_asked_for(
     monkeypatch.chdir(Path(data).parent)
     make(capsys, data=data, vocab_size=300, trainer="tokenizers")
     with pytest.raises(AssertionError, match="our own trainer"):
-        make(capsys, data=data, vocab_size=300, out="other")
+        make(capsys, data=data, vocab_size=300, out=Path("other"))
 
 
 def test_characters(data: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
