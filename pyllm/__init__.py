@@ -29,6 +29,8 @@ def load(
 ) -> LanguageModel:
     """Load a model that writes: ``pyllm.load("runs/NAME").generate("Once upon a time")``.
 
+    How it draws, unless told otherwise, is what the folder's ``generation_config.json`` says.
+
     Args:
         path: a run folder (its best checkpoint is taken) or a model folder.
         device: ``auto`` (cuda, then mps, then cpu), ``cpu``, ``cuda``, ``cuda:1``, ``mps``.

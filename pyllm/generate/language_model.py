@@ -14,7 +14,7 @@ from pyllm._checks import check_size, shown
 from pyllm.generate.chat import ChatTemplate, Message
 from pyllm.generate.config import SamplingConfig
 from pyllm.generate.decode import new_session, prompt_ids, stream_texts
-from pyllm.generate.find import find_model, pick_dtype
+from pyllm.generate.find import DRAWING, find_model, folder_settings, pick_dtype
 from pyllm.generate.session import Session
 from pyllm.models import ModelConfig, Transformer, choose_device, load_model
 from pyllm.models.device import DTYPES
@@ -37,12 +37,15 @@ class LanguageModel:
     Args:
         model: the transformer, in evaluation mode.
         tokenizer: its tokenizer.
-        folder: the model folder, whose settings say which tokens begin and end a text, and how a
-            conversation is written; without it, end-of-text does both, and there is no chat.
+        folder: the model folder, whose settings say which tokens begin and end a text, how it is
+            drawn, and how a conversation is written; without it, end-of-text does both, and there
+            is no chat.
 
     Attributes:
         begin_ids: what the model is given before every prompt.
         stop_ids: the tokens that end a text.
+        defaults: how to draw, unless told otherwise: as the folder's ``generation_config.json``
+            has it, else those of :class:`SamplingConfig`.
 
     Raises:
         ValueError: the tokenizer has more tokens than the model, or a file of the folder is
@@ -58,8 +61,10 @@ class LanguageModel:
         self.folder = None if folder is None else Path(folder)
         self.begin_ids: list[int] = [tokenizer.end_of_text_id]
         self.stop_ids: frozenset[int] = frozenset([tokenizer.end_of_text_id])
+        self.defaults = SamplingConfig()
         if self.folder is not None:
             self._read_ends(readable_folder(self.folder))
+            self.defaults = folder_settings(readable_folder(self.folder))
 
     @classmethod
     def load(
@@ -141,7 +146,7 @@ class LanguageModel:
         Args:
             prompt: one text or a list of them; special tokens in it are text. An empty one begins
                 a new text.
-            config: the settings; by default those of :class:`SamplingConfig`.
+            config: the settings; by default ``defaults``.
             stream: yield the text in pieces as it comes; of several prompts, pairs of the place in
                 the list and the piece.
             settings: of :class:`SamplingConfig`, instead of those in ``config``:
@@ -154,7 +159,7 @@ class LanguageModel:
             ValueError: an unknown or impossible setting, a prompt that is no text, a batch that
                 the machine's memory has no room for.
         """
-        config = _settings(config, settings)
+        config = _settings(config, settings, self.defaults)
         prompts = [prompt] if isinstance(prompt, str) else prompt
         if not isinstance(prompts, list | tuple):
             raise ValueError(f"prompt must be a text or a list of texts, got {shown(prompt)}")
@@ -211,7 +216,7 @@ class LanguageModel:
         Args:
             messages: ``{"role": "system" | "user" | "assistant", "content": text}``, the last one
                 the user's. Special tokens in a content are text.
-            config: the settings; by default those of :class:`SamplingConfig`.
+            config: the settings; by default ``defaults``.
             session: from :meth:`new_session`, kept for the whole conversation: then only what is
                 new in ``messages`` is computed.
             stream: yield the answer in pieces as it comes.
@@ -222,7 +227,7 @@ class LanguageModel:
                 that the session's context has no room for an answer, a model without a chat
                 template or without the tokens it needs.
         """
-        config = _settings(config, settings)
+        config = _settings(config, settings, self.defaults)
         drawn = {} if session is None else session.answers
         ids = self.template.ids(messages, drawn)
         if not self.tuned_for_chat:
@@ -311,14 +316,18 @@ class LanguageModel:
                 return
 
 
-def _settings(config: SamplingConfig | None, settings: dict[str, Any]) -> SamplingConfig:
+def _settings(
+    config: SamplingConfig | None, settings: dict[str, Any], defaults: SamplingConfig
+) -> SamplingConfig:
     """The settings as a whole.
 
     Raises:
         ValueError: an unknown one, one out of its range, or a config of another kind.
     """
     if config is None:
-        config = SamplingConfig()
+        # A model whose folder says greedy is not, once it is told how to draw.
+        told = any(name in settings for name in DRAWING)
+        config = replace(defaults, greedy=False) if told else defaults
     elif not isinstance(config, SamplingConfig):
         raise ValueError(
             f"config must be a SamplingConfig, got {shown(config)}; give single settings by name, "

@@ -187,6 +187,51 @@ def test_settings_of_a_folder_that_are_impossible(copied: Path, tokenizer: Token
             pyllm.load(copied)
 
 
+def test_how_to_draw_comes_from_the_folder(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert pyllm.load(copied).defaults == SamplingConfig()
+    asked = {"temperature": 0.3, "top_k": 7, "top_p": 0.5, "min_p": 0.1, "repetition_penalty": 1.5}
+    change(copied, "generation_config.json", do_sample=True, max_length=20, **asked)
+    one = pyllm.load(copied)
+    wanted = SamplingConfig(**asked, max_new_tokens=9, seed=1)
+    text = one.generate("Once", wanted)
+    assert one.generate("Once", max_new_tokens=9, seed=1) == text
+    warmer = one.generate("Once", max_new_tokens=9, seed=1, temperature=9.0, top_k=0)
+    assert warmer == one.generate("Once", replace(wanted, temperature=9.0, top_k=0))
+    usual = SamplingConfig(max_new_tokens=9, seed=1)
+    assert one.generate("Once", usual) == pyllm.load(copied).generate("Once", usual) != text
+    # Greedy, whatever the others are; but not for who says how to draw.
+    change(copied, "generation_config.json", do_sample=False, temperature=0.0, min_p=None)
+    one = pyllm.load(copied)
+    assert one.defaults == SamplingConfig(greedy=True, repetition_penalty=1.5)
+    penalised = replace(GREEDY, repetition_penalty=1.5)
+    assert one.generate("Once", max_new_tokens=20) == one.generate("Once", penalised)
+    hot = one.generate("Once", temperature=9.0, seed=1, max_new_tokens=20)
+    assert hot != one.generate("Once", penalised)
+    assert one.generate("Once", penalised) == one.generate(
+        "Once", temperature=9.0, greedy=True, max_new_tokens=20
+    )
+    (copied / "generation_config.json").unlink()
+    assert pyllm.load(copied).defaults == SamplingConfig()
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("do_sample", "yes", "do_sample must be true or false, got 'yes'"),
+        ("temperature", 0, "temperature must be above 0 and finite, got 0"),
+        ("top_k", 2.5, "top_k .0 for all. must be a whole number of at least 0, got 2.5"),
+        ("top_p", "0.9", "top_p must be above 0 and at most 1, got '0.9'"),
+        ("repetition_penalty", -1, "repetition_penalty must be a number from 0.01 to 100"),
+    ],
+)
+def test_a_way_to_draw_that_is_impossible(
+    copied: Path, name: str, value: object, message: str
+) -> None:
+    change(copied, "generation_config.json", **{name: value})
+    with pytest.raises(ValueError, match=f"generation_config.json: {message}"):
+        pyllm.load(copied)
+
+
 def test_a_changed_generation_config_of_a_checkpoint(folder: Path, tmp_path: Path) -> None:
     shutil.copytree(folder / "best", tmp_path / "model")
     change(tmp_path / "model", "generation_config.json", eos_token_id=3)
