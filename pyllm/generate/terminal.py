@@ -3,6 +3,7 @@
 import contextlib
 import io
 import sys
+import warnings
 from collections.abc import Callable, Collection
 from dataclasses import replace
 from typing import Protocol
@@ -133,7 +134,11 @@ class Writer:
         self.text, self.ended = "", False
         config = self._config_of_turn(most)
         try:
-            self.session.begin([ids], config, stop_ids)
+            with warnings.catch_warnings(record=True) as told:
+                warnings.simplefilter("always")
+                self.session.begin([ids], config, stop_ids)
+            for warning in told:  # in one line, without the code it comes from
+                print(f"warning: {warning.message}", file=sys.stderr, flush=True)
             while self.session.running:
                 drawn = self.session.step()
                 for _, token in drawn:

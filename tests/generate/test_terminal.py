@@ -122,6 +122,18 @@ def test_what_was_told_is_what_the_model_sees(model: LanguageModel, capsys: Outp
     assert True in ended
 
 
+def test_a_prompt_that_is_cut_says_so_in_one_line(model: LanguageModel, capsys: Output) -> None:
+    writer = Writer(model, GREEDY, context=40)
+    Story(writer).take("fox " * 60)
+    out, err = capsys.readouterr()
+    assert re.fullmatch(
+        r"warning: the prompt has \d+ tokens and the model looks back on 40: only the last 34 of "
+        r"them are read, .*; shorten it, or give a larger context \(the model's is 64\)\n",
+        err,
+    )
+    assert writer.ids[0] == model.begin_ids[0] and len(writer.ids) == 40
+
+
 @pytest.mark.parametrize("line", ["", "a fox"])
 def test_after_a_limit_the_story_goes_on(model: LanguageModel, capsys: Output, line: str) -> None:
     writer = Writer(model, GREEDY)
