@@ -143,7 +143,7 @@ class Session:
         if len(prompts) != len(self.ids):
             raise ValueError(f"expected {len(self.ids)} prompts, one a row, got {len(prompts)}")
         checked = [checked_ids("prompt", self.model, prompt) for prompt in prompts]
-        checked = self._fitted(checked, config.max_new_tokens)
+        given, checked = checked, self._fitted(checked, config.max_new_tokens)
         self._left = {}
         shared = [self._shared(row, prompt) for row, prompt in enumerate(checked)]
         # A rolling cache cannot always go back, nor go on after an interrupted step.
@@ -161,7 +161,7 @@ class Session:
         self._seen_BV: Tensor | None = None
         if config.repetition_penalty != 1:
             self._seen_BV = torch.zeros(len(checked), self.n_words, dtype=torch.bool)
-            for row, ids in enumerate(checked):
+            for row, ids in enumerate(given):
                 told = set(ids[self._n_kept(ids) :]) - self._stop_ids
                 self._seen_BV[row, [token for token in told if token < self.n_words]] = True
             self._seen_BV = self._seen_BV.to(self.model.embedding.weight.device)

@@ -350,6 +350,11 @@ def test_a_prompt_that_is_cut_leaves_room_and_says_so(model, monkeypatch, max_ne
     one.step()
     assert spy.runs == [[kept, 2]]
     assert one.ids[0][:-1] == [1, *prompt[-kept + 1 :]]
+    # The penalty is for the whole of it.
+    with pytest.warns(UserWarning, match=expected):
+        one.begin([prompt, [1, 7]], replace(config, repetition_penalty=1.5))
+    assert one._seen_BV is not None
+    assert one._seen_BV[0].nonzero().flatten().tolist() == [*range(10, 60)]
     with pytest.warns(UserWarning, match=r"or give a larger context \(the model's is 32\)$"):
         Session(model, context=8).begin([prompt], config)
 
