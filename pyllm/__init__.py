@@ -29,10 +29,13 @@ def load(
 ) -> LanguageModel:
     """Load a model that writes: ``pyllm.load("runs/NAME").generate("Once upon a time")``.
 
+    How it draws, unless told otherwise, is what the folder's ``generation_config.json`` says.
+
     Args:
         path: a run folder (its best checkpoint is taken) or a model folder.
         device: ``auto`` (cuda, then mps, then cpu), ``cpu``, ``cuda``, ``cuda:1``, ``mps``.
-        dtype: of the weights: ``float32``, ``bfloat16``, ``float16``; ``auto``: as saved.
+        dtype: of the weights: ``float32``, ``bfloat16``, ``float16``; ``auto``: float32, or float64
+            where they were saved so.
 
     Raises:
         ValueError: no model there, a damaged one, an unknown device or dtype.

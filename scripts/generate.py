@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from tyro.conf import UseAppendAction
@@ -26,6 +26,8 @@ class Config(SamplingConfig):
     begins another. The line "/new Once upon" begins a new story with these words. With --chat, each
     line is a message, and /new begins a new conversation. What came before is not computed again.
     Ctrl-C ends what is being written, Ctrl-D the program.
+
+    What is not said here of how to draw is as the model's generation_config.json has it.
     """
 
     # One value a flag: of several after one flag, none but the first could begin with a hyphen.
@@ -59,7 +61,7 @@ class Config(SamplingConfig):
     device: str = "auto"
     """auto (cuda, then mps, then cpu), cpu, cuda, cuda:1, mps."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Of the weights; auto: as saved."""
+    """Of the weights; auto: float32, or float64 where they were saved so."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -73,6 +75,34 @@ class Config(SamplingConfig):
             raise ValueError("fresh goes with interactive; give both or neither")
         if self.system and not self.chat:
             raise ValueError("system goes with chat; give both or neither")
+
+
+@dataclass(frozen=True)
+class Start:
+    """What the defaults of the others depend on."""
+
+    model: str | None = None
+
+
+def defaults(arguments: list[str]) -> Config:
+    """The settings of the model named on the command line: what the other flags start from."""
+    if {"-h", "--help"} & {*arguments}:
+        return Config()
+    from pyllm._flags import read_flags
+
+    start, others = read_flags(Start, arguments, add_help=False, return_unknown_args=True)
+    from pyllm.generate.find import DRAWING, find_model, folder_settings
+    from pyllm.models.durable import readable_folder
+
+    try:
+        folder = readable_folder(find_model(start.model))
+    except ValueError:  # which is told once the flags are known to be right
+        return Config()
+    found = folder_settings(folder)
+    given = {other.partition("=")[0].lstrip("-").replace("-", "_") for other in others}
+    if given & {*DRAWING}:  # who says how to draw does not want the likeliest word
+        found = replace(found, greedy=False)
+    return Config(**asdict(found))
 
 
 def main(config: Config) -> None:
@@ -126,4 +156,4 @@ def show_experts(layer: int, model: LanguageModel, ids: list[int]) -> None:
 
 
 if __name__ == "__main__":
-    run(main, Config)
+    run(main, Config, defaults)

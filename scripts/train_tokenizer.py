@@ -1,5 +1,6 @@
 """Trains a tokenizer: python scripts/train_tokenizer.py --data train.txt."""
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,7 +34,8 @@ class Config:
     encoder_json: str = ""
     """For gpt2: the file of ids, encoder.json."""
     out: Path = Path("tokenizer")
-    """Folder for tokenizer.json, or the file's own name if it ends in .json."""
+    """Folder for tokenizer.json, or the file's own name if it ends in .json; the file must not
+    exist."""
     text_column: str = "text"
     """Column (or JSON key) that holds the text."""
 
@@ -44,7 +46,9 @@ class Config:
 def main(config: Config) -> None:
     """Trains, saves and reports."""
     check_files(config)
-    require_writable(config.out.parent if config.out.suffix == ".json" else config.out)
+    named = config.out.suffix == ".json"
+    require_writable(config.out.parent if named else config.out)
+    refuse_existing(config.out if named else config.out / "tokenizer.json")
     n_documents = n_bytes = 0
 
     def counted() -> Iterator[str]:
@@ -68,7 +72,7 @@ def main(config: Config) -> None:
 
 
 def check_files(config: Config) -> None:
-    """Is there all that this kind is made from, and nothing else?
+    """Is there all that this kind is made from, and nothing else? Nor a flag that would do nothing.
 
     Raises:
         ValueError: no; names the flag.
@@ -85,6 +89,25 @@ def check_files(config: Config) -> None:
             raise ValueError(f"{flag} is missing; --kind {config.kind} is made from that file")
         if value and not wanted:
             raise ValueError(f"{flag} is given, but --kind {config.kind} has no use for it")
+    usual = Config()
+    idle = {
+        "--vocab-size": config.vocab_size != usual.vocab_size and config.kind in ("byte", "gpt2"),
+        "--trainer": config.trainer != usual.trainer and config.kind != "bpe",
+        "--text-column": config.text_column != usual.text_column and not config.data,
+    }
+    for flag, does_nothing in idle.items():
+        if does_nothing:
+            raise ValueError(f"{flag} is given, but --kind {config.kind} has no use for it")
+
+
+def refuse_existing(file: Path) -> None:
+    """A model reads with the tokenizer it was trained with: another one in its place ruins it.
+
+    Raises:
+        ValueError: there is such a file.
+    """
+    if os.path.lexists(file):
+        raise ValueError(f"{file}: already there; remove it or name another place with --out")
 
 
 def make(config: Config, texts: Iterator[str]) -> "Tokenizer":

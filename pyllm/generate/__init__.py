@@ -18,7 +18,7 @@ if TYPE_CHECKING:
         stream_texts,
     )
     from pyllm.generate.experts import expert_trace
-    from pyllm.generate.find import find_model, pick_dtype
+    from pyllm.generate.find import find_model, folder_settings, pick_dtype
     from pyllm.generate.language_model import LanguageModel
     from pyllm.generate.measure import DecodeTimes, peak_memory_bytes, time_decode
     from pyllm.generate.sampling import sample_token
@@ -35,6 +35,7 @@ _HOMES = {
     "stream_texts": "decode",
     "expert_trace": "experts",
     "find_model": "find",
+    "folder_settings": "find",
     "pick_dtype": "find",
     "LanguageModel": "language_model",
     "DecodeTimes": "measure",
@@ -57,6 +58,7 @@ __all__ = [
     "Timing",
     "expert_trace",
     "find_model",
+    "folder_settings",
     "generate",
     "generate_ids",
     "generate_text",

@@ -24,6 +24,8 @@ Message = Mapping[str, str]
 """``{"role": "user", "content": "Hello"}``, as Hugging Face and OpenAI have it."""
 
 _SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token")
+MARK, N_MARKS = 0xDC00, 1024
+"""The characters that stand for drawn answers: the low surrogates."""
 _ANSWER = "the answer, wherever it stands"
 
 
@@ -124,8 +126,16 @@ class ChatTemplate:
             )
         return self._tokenizer.special_tokens[found[0]]
 
-    def ids(self, messages: Sequence[Message]) -> list[int]:
+    def ids(
+        self, messages: Sequence[Message], drawn: Mapping[str, Sequence[int]] | None = None
+    ) -> list[int]:
         """The tokens of a conversation, up to where the assistant's answer begins.
+
+        Args:
+            messages: the last one is the user's.
+            drawn: the tokens that the model drew for an answer, by the answer's text. They stand in
+                its place, where the template leaves the text as it is: encoded anew, it may be cut
+                into other tokens, and what a cache has of it would be computed again.
 
         Raises:
             ValueError: no messages, one that is not of the form ``{"role": ..., "content": ...}``,
@@ -133,19 +143,69 @@ class ChatTemplate:
         """
         messages = checked_messages(messages)
         # While the template is at work, lone surrogates, which no text holds, stand in the messages
-        # for the characters that special tokens begin and end with.
+        # for the characters that special tokens begin and end with, and for whole drawn answers.
         tokens = self._tokenizer.special_tokens
         ends = sorted({token[place] for token in tokens for place in (0, -1)})
         stands_for = {chr(0xD800 + number): end for number, end in enumerate(ends)}
-        text = self._render(messages, {ord(end): one for one, end in stands_for.items()})
-        ids: list[int] = []
+        replaced = {ord(end): one for one, end in stands_for.items()}
         back = {ord(one): end for one, end in stands_for.items()}
+        text, answers = self._with_marks(messages, replaced, drawn or {})
+        marks = re.compile(f"([{''.join(answers)}])") if answers else None
+        ids: list[int] = []
+
+        def add(words: str) -> None:
+            for piece in marks.split(words) if marks else [words]:
+                known = answers.get(piece)
+                ids.extend(
+                    self._tokenizer.encode(piece.translate(back)) if known is None else known
+                )
+
         place = 0
         for special in self._special.finditer(text):
-            ids += self._tokenizer.encode(text[place : special.start()].translate(back))
+            add(text[place : special.start()])
             ids.append(tokens[special[0]])
             place = special.end()
-        return ids + self._tokenizer.encode(text[place:].translate(back))
+        add(text[place:])
+        return ids
+
+    def _with_marks(
+        self,
+        messages: Sequence[Message],
+        replaced: Mapping[int, str],
+        drawn: Mapping[str, Sequence[int]],
+    ) -> tuple[str, dict[str, Sequence[int]]]:
+        """The conversation as text, with marks where drawn answers belong, and what each is."""
+        plain = self._render(messages, replaced)
+        said = [
+            place
+            for place, message in enumerate(messages)
+            if message["role"] == "assistant" and drawn.get(message["content"])
+        ][:N_MARKS]
+        marks = {place: chr(MARK + number) for number, place in enumerate(said)}
+
+        def marked(places: Sequence[int]) -> str | None:
+            """The text with these answers marked; None where the template alters one of them."""
+            changed = [
+                {**message, "content": marks[place]} if place in places else message
+                for place, message in enumerate(messages)
+            ]
+            try:
+                text = self._render(changed, replaced)
+            except ValueError:  # it looks into the answer
+                return None
+            filled = text
+            for place in places:
+                content = messages[place]["content"].translate(replaced)
+                filled = filled.replace(marks[place], content)
+            return text if filled == plain else None
+
+        text = marked(said)
+        if text is None:
+            said = [place for place in said if marked([place]) is not None]
+            text = marked(said)
+        if text is None:
+            return plain, {}
+        return text, {marks[place]: drawn[messages[place]["content"]] for place in said}
 
     @cached_property
     def _special(self) -> re.Pattern[str]:

@@ -27,9 +27,11 @@ class SamplingConfig:
     all."""
     repetition_penalty: float = 1.0
     """Above 1 makes a token that the text already holds, prompt included, less likely: a logit
-    above 0 is divided by it, one below 0 multiplied (arXiv:1909.05858); 1 for no difference."""
+    above 0 is divided by it, one below 0 multiplied (arXiv:1909.05858); 1 for no difference. Not
+    for the tokens that end a text, nor for what every text begins with."""
     stop: tuple[str, ...] = ()
-    """The text ends before the first of these; it is not written itself."""
+    """The text ends before the first of these; it is not written itself. The name of a special
+    token, such as <|im_end|>, means the token, too."""
     greedy: bool = False
     """Always take the most likely token. Of the settings above, only the penalty, the stop strings
     and the number of tokens matter then."""

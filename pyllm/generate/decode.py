@@ -50,7 +50,7 @@ def generate(
         ValueError: the tokenizer does not fit the model; see also :func:`generate_ids`.
     """
     ids = prompt_ids(model, tokenizer, prompt)
-    session = new_session(model, tokenizer, [ids], config)
+    session = new_session(model, tokenizer, [ids], config, [tokenizer.end_of_text_id])
     for _, piece in stream_texts(session, tokenizer, [ids], config, [tokenizer.end_of_text_id]):
         yield piece
 
@@ -67,10 +67,12 @@ def new_session(
     tokenizer: Tokenizer,
     prompts: Sequence[Sequence[int]],
     config: SamplingConfig,
+    begin_ids: Sequence[int] = (),
 ) -> Session:
-    """A session with as much room as these prompts and their continuations can take."""
+    """A session with as much room as these prompts and their continuations can take, up to the
+    model's context; ``begin_ids`` as :class:`Session` has it."""
     longest = max(map(len, prompts)) + config.max_new_tokens
-    return Session(model, len(prompts), longest, tokenizer.vocab_size)
+    return Session(model, len(prompts), longest, tokenizer.vocab_size, begin_ids)
 
 
 def stream_texts(
@@ -89,7 +91,7 @@ def stream_texts(
         ValueError: see :meth:`Session.begin` and :meth:`Session.step`.
     """
     streams = [TextStream(tokenizer, config.stop) for _ in prompts]
-    session.begin(prompts, config, stop_ids)
+    session.begin(prompts, config, with_special_stops(tokenizer, config, stop_ids))
     while rows := session.running:
         drawn = dict(session.step())
         for row in rows:
@@ -101,6 +103,15 @@ def stream_texts(
                 piece += stream.end()
             if piece:
                 yield row, piece
+
+
+def with_special_stops(
+    tokenizer: Tokenizer, config: SamplingConfig, stop_ids: Collection[int]
+) -> frozenset[int]:
+    """These and the special tokens among ``config.stop``: in the text they would never be met, for
+    special tokens are left out of it."""
+    special = tokenizer.special_tokens
+    return frozenset(stop_ids) | {special[text] for text in config.stop if text in special}
 
 
 def prompt_ids(model: Transformer, tokenizer: Tokenizer, prompt: str) -> list[int]:

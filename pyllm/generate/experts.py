@@ -11,7 +11,7 @@ from pyllm.models import Transformer
 
 
 class _Recorder:
-    """Passes on what an MoE layer dispatches, and remembers the chosen experts."""
+    """Passes on what an MoE layer dispatches, and remembers the experts, the heaviest first."""
 
     def __init__(self, inner: Dispatcher) -> None:
         self.inner = inner
@@ -26,7 +26,9 @@ class _Recorder:
         experts_NA: Tensor,
         activation: str,
     ) -> Tensor:
-        self.experts_NA = experts_NA
+        # A bias of the router decides who is chosen and in what order, not what they weigh.
+        order_NA = weights_NA.argsort(dim=-1, descending=True, stable=True)
+        self.experts_NA = experts_NA.gather(-1, order_NA)
         return self.inner(x_ND, w_in, w_out, weights_NA, experts_NA, activation)
 
 

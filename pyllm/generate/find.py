@@ -1,11 +1,17 @@
-"""What a script is told in words, found: the model's folder, the dtype."""
+"""What a script is told in words, found: the model's folder, its settings, the dtype."""
 
 from pathlib import Path
 
 import torch
 
+from pyllm._checks import shown
+from pyllm.generate.config import SamplingConfig
 from pyllm.models import named_dtype
+from pyllm.models.durable import check_manifest, read_json
 from pyllm.models.shards import holds_weights
+
+DRAWING = ("temperature", "top_k", "top_p", "min_p")
+"""The settings that say nothing when greedy."""
 
 
 def find_model(path: str | Path | None = None, runs: str | Path = "runs") -> Path:
@@ -61,8 +67,34 @@ def _saved_at(model: Path) -> float:
     return weights.stat().st_mtime if weights.is_file() else 0.0
 
 
+def folder_settings(folder: Path) -> SamplingConfig:
+    """How the maker of a model would have it drawn: what ``generation_config.json`` says of
+    do_sample (false is greedy), temperature, top_k, top_p, min_p and repetition_penalty; for the
+    rest, and without the file, the defaults of :class:`SamplingConfig`.
+
+    Raises:
+        ValueError: the file is damaged, or a setting is out of its range.
+    """
+    path = folder / "generation_config.json"
+    if not path.exists():
+        return SamplingConfig()
+    check_manifest(folder, [path.name])
+    found = {name: value for name, value in read_json(path).items() if value is not None}
+    sampled = found.get("do_sample", True)
+    if not isinstance(sampled, bool):
+        raise ValueError(f"{path}: do_sample must be true or false, got {shown(sampled)}")
+    # Of one that is greedy, the others say nothing, and may be anything.
+    names = (*DRAWING, "repetition_penalty") if sampled else ("repetition_penalty",)
+    try:
+        return SamplingConfig(
+            greedy=not sampled, **{name: found[name] for name in names if name in found}
+        )
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
 def pick_dtype(name: str = "auto") -> torch.dtype | None:
-    """``float32``, ``bfloat16``, ``float16``; ``auto`` is None, as saved.
+    """``float32``, ``bfloat16``, ``float16``; ``auto`` is None: float32, or float64 where saved so.
 
     Raises:
         ValueError: unknown name.

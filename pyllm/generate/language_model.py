@@ -14,7 +14,7 @@ from pyllm._checks import shown
 from pyllm.generate.chat import ChatTemplate, Message
 from pyllm.generate.config import SamplingConfig
 from pyllm.generate.decode import new_session, prompt_ids, stream_texts
-from pyllm.generate.find import find_model, pick_dtype
+from pyllm.generate.find import DRAWING, find_model, folder_settings, pick_dtype
 from pyllm.generate.session import Session
 from pyllm.models import ModelConfig, Transformer, choose_device, load_model
 from pyllm.models.device import DTYPES
@@ -38,12 +38,15 @@ class LanguageModel:
     Args:
         model: the transformer, in evaluation mode.
         tokenizer: its tokenizer.
-        folder: the model folder, whose settings say which tokens begin and end a text, and how a
-            conversation is written; without it, end-of-text does both, and there is no chat.
+        folder: the model folder, whose settings say which tokens begin and end a text, how it is
+            drawn, and how a conversation is written; without it, end-of-text does both, and there
+            is no chat.
 
     Attributes:
         begin_ids: what the model is given before every prompt.
         stop_ids: the tokens that end a text.
+        defaults: how to draw, unless told otherwise: as the folder's ``generation_config.json``
+            has it, else those of :class:`SamplingConfig`.
 
     Raises:
         ValueError: the tokenizer has more tokens than the model, or a file of the folder is
@@ -59,8 +62,10 @@ class LanguageModel:
         self.folder = None if folder is None else Path(folder)
         self.begin_ids: list[int] = [tokenizer.end_of_text_id]
         self.stop_ids: frozenset[int] = frozenset([tokenizer.end_of_text_id])
+        self.defaults = SamplingConfig()
         if self.folder is not None:
             self._read_ends(readable_folder(self.folder))
+            self.defaults = folder_settings(readable_folder(self.folder))
 
     @classmethod
     def load(
@@ -136,12 +141,13 @@ class LanguageModel:
         """What the model writes after a prompt (which is not repeated), or after each of several.
 
         Several prompts, of any lengths, run side by side. Each gives what it would give alone; the
-        one at place ``b`` draws with the seed ``seed + b``.
+        one at place ``b`` draws with the seed ``seed + b``. A prompt longer than the model's
+        context is cut to its end, as :class:`Session` has it, with a warning.
 
         Args:
             prompt: one text or a list of them; special tokens in it are text. An empty one begins
                 a new text.
-            config: the settings; by default those of :class:`SamplingConfig`.
+            config: the settings; by default ``defaults``.
             stream: yield the text in pieces as it comes; of several prompts, pairs of the place in
                 the list and the piece.
             settings: of :class:`SamplingConfig`, instead of those in ``config``:
@@ -154,14 +160,14 @@ class LanguageModel:
             ValueError: an unknown or impossible setting, a prompt that is no text, a batch that
                 the machine's memory has no room for.
         """
-        config = _settings(config, settings)
+        config = _settings(config, settings, self.defaults)
         prompts = [prompt] if isinstance(prompt, str) else prompt
         if not isinstance(prompts, list | tuple):
             raise ValueError(f"prompt must be a text or a list of texts, got {shown(prompt)}")
         ids = [self.prompt_ids(one) for one in prompts]
         pieces: Iterator[tuple[int, str]] = iter(())
         if ids:
-            session = new_session(self.model, self.tokenizer, ids, config)
+            session = new_session(self.model, self.tokenizer, ids, config, self.begin_ids)
             pieces = stream_texts(session, self.tokenizer, ids, config, self.stop_ids)
         if isinstance(prompt, str):
             alone = (piece for _, piece in pieces)
@@ -205,34 +211,56 @@ class LanguageModel:
     ) -> str | Iterator[str]:
         """The assistant's answer to a conversation. Warns when the model never learned to.
 
+        Nothing of the conversation is forgotten in silence: the answer ends where the session's
+        context does, at the latest.
+
         Args:
             messages: ``{"role": "system" | "user" | "assistant", "content": text}``, the last one
                 the user's. Special tokens in a content are text.
-            config: the settings; by default those of :class:`SamplingConfig`.
+            config: the settings; by default ``defaults``.
             session: from :meth:`new_session`, kept for the whole conversation: then only what is
                 new in ``messages`` is computed.
             stream: yield the answer in pieces as it comes.
             settings: of :class:`SamplingConfig`, instead of those in ``config``.
 
         Raises:
-            ValueError: an unknown or impossible setting, messages of another form, more tokens
-                than the session looks back on, a model without a chat template or without the
-                tokens it needs.
+            ValueError: an unknown or impossible setting, messages of another form, so many tokens
+                that the session's context has no room for an answer, a model without a chat
+                template or without the tokens it needs.
         """
-        config = _settings(config, settings)
-        ids = self.template.ids(messages)
+        config = _settings(config, settings, self.defaults)
+        drawn = {} if session is None else session.answers
+        ids = self.template.ids(messages, drawn)
         if not self.tuned_for_chat:
             warnings.warn(NOT_TUNED, stacklevel=2)
         session = self.new_session() if session is None else session
-        if len(ids) > session.context:
+        room = session.context - len(ids)
+        if room < 1:
             raise ValueError(
                 f"the conversation has {len(ids)} tokens, and the model looks back on "
-                f"{session.context}; leave out its oldest messages"
+                f"{session.context}, its answer included; leave out its oldest messages"
             )
-        stops = self.stop_ids | {self.template.end_id}
-        pieces = stream_texts(session, self.tokenizer, [ids], config, stops)
-        answer = (piece for _, piece in pieces)
+        config = replace(config, max_new_tokens=min(config.max_new_tokens, room))
+        answer = self._answer(session, ids, config)
         return answer if stream else "".join(answer)
+
+    def _answer(self, session: Session, ids: list[int], config: SamplingConfig) -> Iterator[str]:
+        """Yield an answer in pieces, and remember its tokens."""
+        text = ""
+        stops = self.stop_ids | {self.template.end_id}
+        for _, piece in stream_texts(session, self.tokenizer, [ids], config, stops):
+            text += piece
+            yield piece
+        self.remember(session, text, session.ids[0][len(ids) :])
+
+    def remember(self, session: Session, text: str, ids: list[int]) -> None:
+        """Keep the tokens of an answer for the next turn, if they are this text and no more.
+
+        A special token that the model drew in the middle of an answer would be one in the
+        conversation, and after a stop string more was drawn than is told.
+        """
+        if self.tokenizer.decode(ids, skip_special=False) == text:
+            session.answers[text] = ids
 
     def new_session(self, context: int | None = None) -> Session:
         """An empty session for one text or conversation that goes on.
@@ -240,7 +268,7 @@ class LanguageModel:
         Args:
             context: see :class:`Session`.
         """
-        return Session(self.model, 1, context, self.tokenizer.vocab_size)
+        return Session(self.model, 1, context, self.tokenizer.vocab_size, self.begin_ids)
 
     def prompt_ids(self, prompt: str) -> list[int]:
         """The tokens that the model is given for a prompt: those that begin a text, then its own.
@@ -280,14 +308,18 @@ class LanguageModel:
             self.begin_ids = self.tokenizer.prefix_ids
 
 
-def _settings(config: SamplingConfig | None, settings: dict[str, Any]) -> SamplingConfig:
+def _settings(
+    config: SamplingConfig | None, settings: dict[str, Any], defaults: SamplingConfig
+) -> SamplingConfig:
     """The settings as a whole.
 
     Raises:
         ValueError: an unknown one, one out of its range, or a config of another kind.
     """
     if config is None:
-        config = SamplingConfig()
+        # A model whose folder says greedy is not, once it is told how to draw.
+        told = any(name in settings for name in DRAWING)
+        config = replace(defaults, greedy=False) if told else defaults
     elif not isinstance(config, SamplingConfig):
         raise ValueError(
             f"config must be a SamplingConfig, got {shown(config)}; give single settings by name, "

@@ -1,6 +1,7 @@
 """A kv cache and the tokens in it: rows of text written side by side, each token computed once."""
 
 import time
+import warnings
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from operator import index
@@ -60,8 +61,12 @@ class Session:
 
     When a row's context is full, it slides: the second half of it is run again from position 0,
     and the first half is forgotten. So a text may be longer than the context, at the price of one
-    prefill for every half context. A prompt longer than the context is cut to its end in the same
-    way.
+    prefill for every half context. What every text begins with (``begin_ids``) stays at its front,
+    for a model that was trained with it knows no other beginning.
+
+    A prompt longer than the context is cut to its end. Where that loses only what the row had
+    before, it slides as above; otherwise ``min(max_new_tokens, context // 2)`` tokens are left free
+    for what is to be written, and a warning says what was cut.
 
     Args:
         model: where it is, is where this runs.
@@ -69,10 +74,12 @@ class Session:
         context: most tokens of a row to look back on, at most the model's; by default that, and
             8,192 of a larger one. Memory is taken for all of them, unless the model has a window.
         n_words: draw only the first so many ids, where the tokenizer has fewer than the model.
+        begin_ids: a row that begins with these keeps them when it slides.
 
     Attributes:
         ids: the tokens of each row, prompt and continuation; the ones forgotten are not among them.
         timing: since :meth:`begin`.
+        answers: of a conversation: the tokens that were drawn for an answer, by its text.
 
     Raises:
         ValueError: a size below 1, more than the machine's memory.
@@ -84,6 +91,7 @@ class Session:
         rows: int = 1,
         context: int | None = None,
         n_words: int | None = None,
+        begin_ids: Sequence[int] = (),
     ) -> None:
         longest = model.config.max_seq_len
         if context is not None:
@@ -93,9 +101,11 @@ class Session:
         self.model = model
         self.context = min(wanted, longest)
         self.n_words = model.config.vocab_size if n_words is None else n_words
+        self.begin_ids = list(begin_ids)
         self.cache: KVCache = model.new_cache(rows, self.context)
         self.ids: list[list[int]] = [[] for _ in range(rows)]
         self.timing = Timing()
+        self.answers: dict[str, list[int]] = {}
         self._left: dict[int, int] = {}  # running row: how many tokens it may still write
 
     @property
@@ -119,7 +129,12 @@ class Session:
             prompts: one for each row.
             config: how to draw. Row ``b`` draws with the seed ``config.seed + b``, so that it
                 writes what it would alone with that seed. The stop strings are the caller's.
-            stop_ids: each ends a row, and is not added to it.
+            stop_ids: each ends a row, and is not added to it. The repetition penalty is not for
+                them, nor for ``begin_ids`` at the front: what ends a text often begins it, too,
+                and a text whose end is unlikely does not come to it.
+
+        Warns:
+            UserWarning: a prompt was cut.
 
         Raises:
             ValueError: an empty prompt, an id that is not in the vocabulary, not one prompt for
@@ -128,6 +143,7 @@ class Session:
         if len(prompts) != len(self.ids):
             raise ValueError(f"expected {len(self.ids)} prompts, one a row, got {len(prompts)}")
         checked = [checked_ids("prompt", self.model, prompt) for prompt in prompts]
+        given, checked = checked, self._fitted(checked, config.max_new_tokens)
         self._left = {}
         shared = [self._shared(row, prompt) for row, prompt in enumerate(checked)]
         # A rolling cache cannot always go back, nor go on after an interrupted step.
@@ -145,8 +161,9 @@ class Session:
         self._seen_BV: Tensor | None = None
         if config.repetition_penalty != 1:
             self._seen_BV = torch.zeros(len(checked), self.n_words, dtype=torch.bool)
-            for row, ids in enumerate(checked):
-                self._seen_BV[row, [token for token in ids if token < self.n_words]] = True
+            for row, ids in enumerate(given):
+                told = set(ids[self._n_kept(ids) :]) - self._stop_ids
+                self._seen_BV[row, [token for token in told if token < self.n_words]] = True
             self._seen_BV = self._seen_BV.to(self.model.embedding.weight.device)
         self.timing = Timing(cached_tokens=sum(shared))
         self._left = dict.fromkeys(range(len(checked)), config.max_new_tokens)
@@ -186,11 +203,46 @@ class Session:
         """How many of the prompt's tokens the cache has. The last is run again: what follows it
         was not kept."""
         held = self.ids[row][: int(self.cache.lengths[row])]
-        pairs = zip(held, prompt, strict=False)
-        return next(
-            (place for place, (one, other) in enumerate(pairs) if one != other),
-            min(len(held), len(prompt) - 1),
-        )
+        return min(_common(held, prompt), len(prompt) - 1)
+
+    def _n_kept(self, ids: list[int]) -> int:
+        """How many tokens at the front of a row stay when it slides."""
+        count = len(self.begin_ids)
+        # Half of a tiny context has no room for them and a token of the text.
+        fits = count < max(self.context // 2, 1)
+        return count if fits and ids[:count] == self.begin_ids else 0
+
+    def _cut(self, ids: list[int], size: int) -> list[int]:
+        """``size`` tokens of a row: those that every text begins with, and its last ones."""
+        n_kept = self._n_kept(ids)
+        return ids[:n_kept] + ids[len(ids) - (size - n_kept) :]
+
+    def _fitted(self, prompts: list[list[int]], max_new_tokens: int) -> list[list[int]]:
+        """The prompts, cut to what the context has room for; warns when that loses new tokens."""
+        half = max(self.context // 2, 1)
+        room = self.context - min(max_new_tokens, self.context // 2)
+        fitted, lost = [], []
+        for prompt, held in zip(prompts, self.ids, strict=True):
+            if len(prompt) <= self.context:
+                fitted.append(prompt)
+                continue
+            n_new = len(prompt) - _common(held, prompt)
+            n_kept = self._n_kept(prompt)
+            fitted.append(self._cut(prompt, half if n_new <= half - n_kept else room))
+            if n_new > room - n_kept:
+                lost.append(len(prompt))
+        if lost:
+            longest = self.model.config.max_seq_len
+            remedy = "shorten it"
+            if self.context < longest:
+                remedy += f", or give a larger context (the model's is {longest})"
+            warnings.warn(
+                f"the prompt has {max(lost)} tokens and the model looks back on {self.context}: "
+                f"only the last {room} of them are read, with room left for what is written; "
+                f"{remedy}",
+                stacklevel=3,
+            )
+        return fitted
 
     def _new(self, row: int) -> list[int]:
         """The tokens of a row that are not in the cache; makes room for them."""
@@ -198,7 +250,7 @@ class Session:
             lengths = self.cache.lengths.tolist()
             lengths[row] = 0
             self.cache.truncate(lengths)
-            self.ids[row] = self.ids[row][-max(self.context // 2, 1) :]
+            self.ids[row] = self._cut(self.ids[row], max(self.context // 2, 1))
         return self.ids[row][int(self.cache.lengths[row]) :]
 
     def _logits(self, new: dict[int, list[int]]) -> Tensor:
@@ -209,8 +261,7 @@ class Session:
         device = self.model.embedding.weight.device
         ids_BT = torch.tensor(padded, device=device)
         real = counts if min(counts) < longest else None
-        logits_BV = next_logits(self.model, ids_BT, self.cache, real)
-        return logits_BV[list(new), : self.n_words]
+        return next_logits(self.model, ids_BT, self.cache, real)[:, : self.n_words]
 
     def _count(self, n_tokens: int, n_rows: int, seconds: float) -> None:
         timing = self.timing
@@ -224,26 +275,34 @@ class Session:
         timing.new_tokens += n_rows
 
 
+def _common(one: list[int], other: list[int]) -> int:
+    """How many tokens both begin with."""
+    pairs = enumerate(zip(one, other, strict=False))
+    unlike = (place for place, (mine, yours) in pairs if mine != yours)
+    return next(unlike, min(len(one), len(other)))
+
+
 def next_logits(
     model: Transformer, ids_BT: Tensor, cache: KVCache, counts: Sequence[int] | None = None
 ) -> Tensor:
-    """Run T new tokens and return the logits (B, V) of what follows the last of them.
+    """Run T new tokens and return the logits (R, V) of what follows the last of them.
 
     Only the last position is projected to the vocabulary: the logits of a prompt of 1,024 tokens
-    and 50,257 words would take 0.2 GB.
+    and 50,257 words would take 0.2 GB. Of the B rows, only the R that have new tokens are.
 
     Args:
         model: the transformer.
         ids_BT: (B, T) int64.
         cache: appended to.
         counts: how many tokens of each row are real, the others being padding on the right; by
-            default all. The logits of a row without any mean nothing.
+            default all.
     """
     x_BTD, _ = model.hidden(ids_BT, cache, counts)
     if counts is None:
         return F.linear(x_BTD[:, -1], model.output_weight)
-    last = [count - 1 for count in counts]
-    return F.linear(x_BTD[list(range(len(last))), last], model.output_weight)
+    rows = [row for row, count in enumerate(counts) if count]
+    last = [counts[row] - 1 for row in rows]
+    return F.linear(x_BTD[rows, last], model.output_weight)
 
 
 def checked_ids(name: str, model: Transformer, ids: Sequence[int]) -> list[int]:

@@ -1,5 +1,6 @@
 """From token ids to text while they come, whole characters only, up to a stop string."""
 
+import codecs
 from collections.abc import Sequence
 
 from pyllm.tokenizers import Tokenizer
@@ -22,31 +23,20 @@ class TextStream:
 
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()) -> None:
         self._tokenizer = tokenizer
-        self._pending: list[int] = []
-        self._given = 0  # characters of the pending ids that are decoded already
+        # It keeps the bytes of an incomplete character, three at most.
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._stop = tuple(stop)
         self._held = ""
         self.stopped = False
 
     def push(self, token_id: int) -> str:
         """The text that this token completes; may be empty."""
-        self._pending.append(token_id)
-        text = self._tokenizer.decode(self._pending)
-        # Decoding goes from left to right, so only a U+FFFD at the very end can still change: an
-        # incomplete character gives exactly one.
-        if text.endswith("\ufffd"):
-            piece = text[self._given : -1]
-            self._given = len(text) - 1
-        else:
-            piece = text[self._given :]
-            self._pending, self._given = [], 0
-        return self._before_stop(piece)
+        return self._before_stop(self._decoder.decode(self._tokenizer.decode_bytes([token_id])))
 
     def end(self) -> str:
         """What is still held back; an incomplete character comes out as U+FFFD."""
-        piece = self._before_stop(self._tokenizer.decode(self._pending)[self._given :])
+        piece = self._before_stop(self._decoder.decode(b"", final=True))
         piece, self._held = piece + self._held, ""
-        self._pending, self._given = [], 0
         return piece
 
     def _before_stop(self, piece: str) -> str:

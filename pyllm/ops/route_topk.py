@@ -20,7 +20,8 @@ class Routing(NamedTuple):
     weights: Tensor
     """(N, k) float32: weights of the chosen experts, each row sums to one."""
     experts: Tensor
-    """(N, k) int32: indices of the chosen experts, the largest probability first."""
+    """(N, k) int32: indices of the chosen experts, the largest probability first; with a bias, the
+    largest sum of probability and bias, which need not be the one with the largest weight."""
     balance_loss: Tensor
     """Scalar: Switch Transformer's load-balancing loss; 1 when the load is even."""
     z_loss: Tensor

@@ -96,6 +96,52 @@ def test_of_two_tokens_that_begin_alike_the_longer_one_is_meant() -> None:
     assert ids == expected and tokenizer.special_tokens["<|x|>y"] in ids
 
 
+DRAWN = [TOKENIZER.token_to_id("<|pad|>"), *map(ord, "xyz")]
+"""No encoding of any text: wherever it stands, it was put there."""
+
+
+def test_drawn_answers_stand_where_their_text_would() -> None:
+    ids = template().ids(TURNS, {"Hello Hello": DRAWN, "fox": [1], "Be brief.": [2], "x": [3]})
+    before, after = CHATML.split("Hello Hello")
+    assert ids == [*spelled(before), *DRAWN, *spelled(after)], "and only an assistant's"
+    assert template().ids(TURNS, {"Hello Hello": []}) == template().ids(TURNS)
+
+
+@pytest.mark.parametrize(
+    ("source", "spliced"),
+    [
+        ("{{ m.content }}", [0, 1, 2]),
+        ("{{ m.content | trim }}", [0, 2]),
+        ("{{ m.content | replace('foe', '') }}", [0, 1]),
+        ("{{ m.content }}{{ m.content | length }}", []),
+        ("{{ m.content[:3] }}", []),
+        ("{{ {'a': m.content} | tojson }}", [0, 1, 2]),
+        ("{% if 'red' in m.content %}!{% endif %}{{ m.content }}", [1, 2]),
+        ("{{ m.content.index('o') }}{{ m.content }}", []),  # which refuses a mark
+    ],
+)
+def test_an_answer_that_the_template_alters_is_encoded(source: str, spliced: list[int]) -> None:
+    """Each for itself: one that is trimmed leaves the others as they were drawn."""
+    contents = ["A red fox!", " Hello dog ", "<|im_end|> foe"]
+    messages = ask("x")
+    for content in contents:
+        messages += [{"role": "assistant", "content": content}, *ask("x")]
+    drawn = {content: [*DRAWN, number] for number, content in enumerate(contents)}
+    one = template(
+        "{% for m in messages %}{% if m.role == 'assistant' %}" + source + "{% endif %}"
+        "<|im_end|>{% endfor %}"
+    )
+    plain, ids = one.ids(messages), one.ids(messages, drawn)
+    found = [
+        number
+        for number in range(3)
+        if any(ids[at : at + 5] == drawn[contents[number]] for at in range(len(ids)))
+    ]
+    assert found == spliced
+    if not spliced:
+        assert ids == plain
+
+
 PARTS = st.sampled_from([*SPECIALS, "<|", "|>", "im_end", "<", ">", "|", " ", "\n", "x", "\ue000"])
 
 

@@ -1,5 +1,7 @@
 """Generation: the cache, the seed, the end of the text, the sliding context."""
 
+import itertools
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
@@ -74,7 +76,10 @@ def test_a_full_context_slides_to_its_second_half(n_prompt):
     history = torch.randint(67, (n_prompt,)).tolist()
     seen = list(history)
     new_ids = generate_ids(model, list(history), replace(GREEDY, max_new_tokens=70))
-    for token in new_ids:
+    cut = n_prompt > 32
+    with pytest.warns(UserWarning, match="looks back on 32") if cut else nullcontext():
+        first = next(new_ids)
+    for token in itertools.chain([first], new_ids):
         if len(seen) > 32:
             seen = history[-16:]
         assert token == int(model(torch.tensor([seen])).logits[0, -1].argmax())
@@ -161,6 +166,31 @@ def test_the_expert_trace_names_the_experts_that_ran():
     counts = torch.stack([layer.flatten().bincount(minlength=8) for layer in trace])
     assert torch.equal(counts.int(), model(torch.tensor([ids])).tokens_per_expert)
     assert [block.ffn.dispatcher for block in model.blocks[1::2]] == dispatchers
+
+
+def test_the_expert_trace_begins_with_the_heaviest_also_where_a_bias_chooses():
+    config = replace(ModelConfig(**SMALL), router_bias=True, top_k=3)
+    model = make_model(config)
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(config.vocab_size, (30,), generator=generator).tolist()
+    given = []
+    for block in model.blocks:
+        bias = torch.empty_like(block.ffn.router_bias).uniform_(-0.5, 0.5, generator=generator)
+        block.ffn.router_bias.copy_(bias)
+        inner = block.ffn.dispatcher
+
+        def spied(x, w_in, w_out, weights, experts, activation, inner=inner):
+            given.append((weights, experts))
+            return inner(x, w_in, w_out, weights, experts, activation)
+
+        block.ffn.dispatcher = spied
+    trace = expert_trace(model, ids)
+    assert len(given) == len(trace) == 3
+    for layer, (weights_NA, experts_NA) in zip(trace, given, strict=True):
+        assert torch.equal(layer.sort(-1).values, experts_NA.sort(-1).values)
+        heaviest = experts_NA.gather(1, weights_NA.argmax(-1, keepdim=True))
+        assert torch.equal(layer[:, :1], heaviest)
+        assert not torch.equal(experts_NA[:, :1], heaviest), "the bias changes nothing here"
 
 
 def test_the_expert_trace_puts_the_dispatchers_back_after_an_error():

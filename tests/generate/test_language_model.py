@@ -96,6 +96,15 @@ def test_stop_strings_end_each_row_for_itself(model: LanguageModel) -> None:
     assert model.generate(PROMPTS[0], GREEDY, stop=stop) == free[0].partition(stop)[0]
 
 
+def test_a_stop_string_that_is_a_special_token_is_one(tokenizer: Tokenizer) -> None:
+    pad = tokenizer.pad_id
+    chain = chain_model(tokenizer, [*tokenizer.encode("Once."), pad, *tokenizer.encode("fox")])
+    one = LanguageModel(chain, tokenizer)
+    assert one.generate("", greedy=True) == "Once.fox"
+    assert one.generate("", greedy=True, stop="<|pad|>") == "Once."
+    assert one.generate("", greedy=True, stop=["fo", "<|pad|>x"]) == "Once."
+
+
 def test_a_row_that_met_its_stop_string_is_given_no_more_tokens(
     model: LanguageModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -175,6 +184,51 @@ def test_settings_of_a_folder_that_are_impossible(copied: Path, tokenizer: Token
             ValueError, match="generation_config.json: eos_token_id must be a whole"
         ):
             pyllm.load(copied)
+
+
+def test_how_to_draw_comes_from_the_folder(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert pyllm.load(copied).defaults == SamplingConfig()
+    asked = {"temperature": 0.3, "top_k": 7, "top_p": 0.5, "min_p": 0.1, "repetition_penalty": 1.5}
+    change(copied, "generation_config.json", do_sample=True, max_length=20, **asked)
+    one = pyllm.load(copied)
+    wanted = SamplingConfig(**asked, max_new_tokens=9, seed=1)
+    text = one.generate("Once", wanted)
+    assert one.generate("Once", max_new_tokens=9, seed=1) == text
+    warmer = one.generate("Once", max_new_tokens=9, seed=1, temperature=9.0, top_k=0)
+    assert warmer == one.generate("Once", replace(wanted, temperature=9.0, top_k=0))
+    usual = SamplingConfig(max_new_tokens=9, seed=1)
+    assert one.generate("Once", usual) == pyllm.load(copied).generate("Once", usual) != text
+    # Greedy, whatever the others are; but not for who says how to draw.
+    change(copied, "generation_config.json", do_sample=False, temperature=0.0, min_p=None)
+    one = pyllm.load(copied)
+    assert one.defaults == SamplingConfig(greedy=True, repetition_penalty=1.5)
+    penalised = replace(GREEDY, repetition_penalty=1.5)
+    assert one.generate("Once", max_new_tokens=20) == one.generate("Once", penalised)
+    hot = one.generate("Once", temperature=9.0, seed=1, max_new_tokens=20)
+    assert hot != one.generate("Once", penalised)
+    assert one.generate("Once", penalised) == one.generate(
+        "Once", temperature=9.0, greedy=True, max_new_tokens=20
+    )
+    (copied / "generation_config.json").unlink()
+    assert pyllm.load(copied).defaults == SamplingConfig()
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("do_sample", "yes", "do_sample must be true or false, got 'yes'"),
+        ("temperature", 0, "temperature must be above 0 and finite, got 0"),
+        ("top_k", 2.5, "top_k .0 for all. must be a whole number of at least 0, got 2.5"),
+        ("top_p", "0.9", "top_p must be above 0 and at most 1, got '0.9'"),
+        ("repetition_penalty", -1, "repetition_penalty must be a number from 0.01 to 100"),
+    ],
+)
+def test_a_way_to_draw_that_is_impossible(
+    copied: Path, name: str, value: object, message: str
+) -> None:
+    change(copied, "generation_config.json", **{name: value})
+    with pytest.raises(ValueError, match=f"generation_config.json: {message}"):
+        pyllm.load(copied)
 
 
 def test_a_changed_generation_config_of_a_checkpoint(folder: Path, tmp_path: Path) -> None:
@@ -266,6 +320,86 @@ def test_a_conversation_is_not_computed_again(tmp_path: Path) -> None:
     )
 
 
+@pytest.fixture
+def random_chat(tmp_path: Path) -> LanguageModel:
+    """Answers with tokens drawn from nearly all, which its tokenizer would cut otherwise."""
+    config = ModelConfig(**SMALL | {"vocab_size": CHAT.vocab_size, "max_seq_len": 256})
+    save_model(tmp_path / "random", make_model(config), CHAT)
+    (tmp_path / "random" / "manifest.json").unlink()
+    change(
+        tmp_path / "random", "generation_config.json", eos_token_id=CHAT.token_to_id("<|im_end|>")
+    )
+    return pyllm.load(tmp_path / "random")
+
+
+def test_answers_that_were_sampled_are_not_computed_again(random_chat: LanguageModel) -> None:
+    """As text they are cut into other tokens; in a conversation they are those that were drawn."""
+    otherwise = 0
+    special = set(CHAT.special_tokens.values())
+    for seed in range(8):
+        session = random_chat.new_session()
+        messages = [{"role": "system", "content": "Be brief."}, *HELLO]
+        for turn in range(3):
+            held = len(session.ids[0])
+            settings: dict[str, Any] = {"seed": 10 * seed + turn, "max_new_tokens": 20}
+            answer = random_chat.chat(messages, session=session, temperature=1.5, **settings)
+            timing = session.timing
+            total = timing.cached_tokens + timing.prefill_tokens
+            if turn:
+                assert timing.prefill_tokens <= total - held + 1
+            drawn = session.ids[0][total:]
+            if special & set(drawn):
+                break  # it would be one in the conversation, and its text is taken instead
+            otherwise += CHAT.encode(answer) != drawn
+            assert session.answers[answer] == drawn
+            messages += [{"role": "assistant", "content": answer}, *HELLO]
+    assert otherwise > 10
+
+
+def test_a_special_token_within_an_answer_is_none_in_the_conversation(tmp_path: Path) -> None:
+    start, end = CHAT.token_to_id("<|im_start|>"), CHAT.token_to_id("<|im_end|>")
+    ids = [*CHAT.encode("A"), start, *CHAT.encode("fox")]
+    model = chain_model(CHAT, ids, *CHAT.encode("\n"), end, max_seq_len=128)
+    save_model(tmp_path / "chat", model, CHAT)
+    one = pyllm.load(tmp_path / "chat")
+    session = one.new_session()
+    with pytest.warns(UserWarning, match="not fine-tuned"):
+        answer = one.chat(HELLO, session=session, greedy=True)
+    assert answer == "Afox" and start in session.ids[0][-4:] and not session.answers
+
+
+def test_an_answer_ends_where_the_context_does(random_chat: LanguageModel) -> None:
+    """It would slide, and what the model was told before all messages would be the first to go."""
+    session = random_chat.new_session(context=60)
+    messages = [{"role": "system", "content": "Be brief."}, *HELLO]
+    ids = random_chat.template.ids(messages)
+    drawn = 0
+    for seed in range(5):
+        settings: dict[str, Any] = {"seed": seed, "max_new_tokens": 1000}
+        random_chat.chat(messages, session=session, temperature=0.5, **settings)
+        assert session.ids[0][: len(ids)] == ids
+        assert len(session.ids[0]) <= 60
+        drawn = max(drawn, session.timing.new_tokens)
+    assert drawn == 60 - len(ids)
+    full = random_chat.new_session(context=len(ids))
+    with pytest.raises(
+        ValueError, match=f"has {len(ids)} tokens, and the model looks back on {len(ids)}, "
+    ):
+        random_chat.chat(messages, session=full)
+
+
+def test_a_prompt_that_is_cut_warns_and_begins_as_every_text(model: LanguageModel) -> None:
+    words = "fox " * 60
+    n_tokens = len(model.prompt_ids(words))
+    with pytest.warns(
+        UserWarning,
+        match=f"the prompt has {n_tokens} tokens and the model looks back on 48: only the last 28",
+    ):
+        text = model.generate(words, GREEDY)
+    cut = [*model.begin_ids, *model.prompt_ids(words)[-27:]]
+    assert text == model.tokenizer.decode(list(generate_ids(model.model, cut, GREEDY)))
+
+
 def test_a_model_not_tuned_for_chat_says_so(model: LanguageModel) -> None:
     assert not model.tuned_for_chat
     with pytest.warns(UserWarning, match="this model was not fine-tuned for chat") as told:
@@ -277,7 +411,10 @@ def test_what_a_chat_refuses(model: LanguageModel, tokenizer: Tokenizer, tmp_pat
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         long = [{"role": "user", "content": "Hello" * 100}]
-        with pytest.raises(ValueError, match="tokens, and the model looks back on 48; leave out"):
+        with pytest.raises(
+            ValueError,
+            match="tokens, and the model looks back on 48, its answer included; leave out",
+        ):
             model.chat(long, stream=True)
         with pytest.raises(ValueError, match="unknown setting 'role'"):
             model.chat(HELLO, role="user")

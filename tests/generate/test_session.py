@@ -48,11 +48,15 @@ class Spy:
 
     def __init__(self, model: Transformer, monkeypatch: pytest.MonkeyPatch) -> None:
         self.runs: list[list[int]] = []
+        self.projected: list[int] = []
+        """Rows whose logits the model gave."""
         inner = session.next_logits
 
         def spied(model: Any, ids_BT: Any, cache: Any, counts: Any = None) -> Any:
             self.runs.append([ids_BT.shape[1]] * ids_BT.shape[0] if counts is None else counts)
-            return inner(model, ids_BT, cache, counts)
+            logits_RV = inner(model, ids_BT, cache, counts)
+            self.projected.append(len(logits_RV))
+            return logits_RV
 
         monkeypatch.setattr(session, "next_logits", spied)
 
@@ -178,6 +182,9 @@ def test_a_row_that_ends_leaves_the_others_alone(model, monkeypatch):
     for row, tokens in enumerate(cut):
         steps = len(tokens) + (len(tokens) < 12)
         assert [run[row] for run in spy.runs][steps:] == [0] * (len(spy.runs) - steps)
+    # Nor is it projected to the vocabulary.
+    assert spy.projected == [sum(count > 0 for count in run) for run in spy.runs]
+    assert spy.projected[0] == 3 > spy.projected[-1]
 
 
 def test_end_takes_a_row_out(model):
@@ -253,7 +260,9 @@ def test_an_interruption_anywhere_leaves_a_session_that_goes_on(model, monkeypat
     ids = one.ids[0]
     # Draws of a hot model differ where any number of it does.
     hot = SamplingConfig(seed=1, temperature=3.0, top_p=1.0, max_new_tokens=15)
-    assert write(one, [[*ids, 8]], hot)[0] == alone(model, [*ids, 8], hot)
+    longer = [*ids, 8]
+    slid = longer if len(longer) <= 32 else longer[-16:]
+    assert write(one, [longer], hot)[0] == alone(model, slid, hot)
     assert write(one, [[3, 1, 5]], hot)[0] == alone(model, [3, 1, 5], hot)
 
 
@@ -275,6 +284,25 @@ def test_the_penalty_is_for_all_tokens_of_the_text(model):
     assert len({*prompt, *free}) < len(told)
 
 
+def test_the_penalty_is_not_for_what_begins_and_ends_a_text(model):
+    """End-of-text does both: marked as seen it would become unlikely, and no text would end."""
+    config = replace(GREEDY, repetition_penalty=3.0, max_new_tokens=1)
+    for begin, stops, prompt, told in (
+        ([5], {5}, [5, 60, 3], {60, 3}),
+        ([5], {9}, [5, 60, 3], {60, 3}),
+        ([5], {9}, [5, 60, 5], {60, 5}),  # within the text it is a word as any other
+        ([], {9}, [5, 60, 9, 3], {5, 60, 3}),  # such as the end of an earlier answer
+    ):
+        one = Session(model, begin_ids=begin)
+        one.begin([prompt], config, stops)
+        assert one._seen_BV is not None
+        assert set(one._seen_BV[0].nonzero().flatten().tolist()) == told
+        logits = model(torch.tensor([prompt])).logits[0, -1].tolist()
+        drawn = dict(one.step()).get(0)
+        best = claimed(logits, config, told).index(1.0)
+        assert drawn == (None if best in stops else best)
+
+
 def test_a_context_smaller_than_the_models(model, monkeypatch):
     one = Session(model, context=8)
     spy = Spy(model, monkeypatch)
@@ -287,6 +315,62 @@ def test_a_context_smaller_than_the_models(model, monkeypatch):
         seen.append(token)
     assert spy.runs[:5] == [[5], [1], [1], [1], [4]]
     assert Session(model, context=10**6).context == Session(model).context == 32
+
+
+@pytest.mark.parametrize("begin", [[1], [1, 2]])
+def test_what_every_text_begins_with_stays_when_a_context_slides(model, begin):
+    one = Session(model, 2, context=12, begin_ids=begin)
+    prompts = [[*begin, 30, 31], [40, 41, 42]]  # the second one begins with something else
+    seen = [list(prompt) for prompt in prompts]
+    one.begin(prompts, replace(GREEDY, max_new_tokens=30))
+    for _ in range(30):
+        for row, ids in enumerate(seen):
+            if len(ids) > 12:
+                kept = begin if row == 0 else []
+                seen[row] = [*kept, *ids[-6 + len(kept) :]]
+        for row, token in one.step():
+            assert token == int(model(torch.tensor([seen[row]])).logits[0, -1].argmax())
+            seen[row].append(token)
+    assert one.ids == seen
+
+
+@pytest.mark.parametrize(("max_new_tokens", "kept"), [(4, 28), (16, 16), (1000, 16)])
+def test_a_prompt_that_is_cut_leaves_room_and_says_so(model, monkeypatch, max_new_tokens, kept):
+    prompt = [1, *range(10, 60)]
+    spy = Spy(model, monkeypatch)
+    one = Session(model, 2, begin_ids=[1])
+    expected = (
+        rf"the prompt has 51 tokens and the model looks back on 32: only the last {kept} of them "
+        r"are read, with room left for what is written; shorten it$"
+    )
+    config = replace(GREEDY, max_new_tokens=max_new_tokens)
+    with pytest.warns(UserWarning, match=expected) as told:
+        one.begin([prompt, [1, 7]], config)
+    assert len(told) == 1
+    one.step()
+    assert spy.runs == [[kept, 2]]
+    assert one.ids[0][:-1] == [1, *prompt[-kept + 1 :]]
+    # The penalty is for the whole of it.
+    with pytest.warns(UserWarning, match=expected):
+        one.begin([prompt, [1, 7]], replace(config, repetition_penalty=1.5))
+    assert one._seen_BV is not None
+    assert one._seen_BV[0].nonzero().flatten().tolist() == [*range(10, 60)]
+    with pytest.warns(UserWarning, match=r"or give a larger context \(the model's is 32\)$"):
+        Session(model, context=8).begin([prompt], config)
+
+
+def test_a_long_text_that_goes_on_slides_without_a_warning(model):
+    """What is lost then was told before, as when a text outgrows the context while it is written;
+    a new piece of its own that has no room is another matter."""
+    one = Session(model, begin_ids=[1])
+    write(one, [[1, 3, 4]], replace(GREEDY, max_new_tokens=25))
+    held = list(one.ids[0])
+    one.begin([[*held, *range(40, 50)]], GREEDY)
+    assert one.ids == [[1, *held[-5:], *range(40, 50)]]
+    one.begin([[*one.ids[0], *range(20, 38)]], GREEDY)
+    assert one.ids == [[1, *range(45, 50), *range(20, 38)]], "more than a half, and all of it new"
+    with pytest.warns(UserWarning, match="the prompt has 54 tokens .* only the last 24 of them"):
+        one.begin([[*one.ids[0], *range(10, 40)]], GREEDY)
 
 
 def test_the_usual_context_of_a_model_with_a_large_one(monkeypatch):

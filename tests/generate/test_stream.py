@@ -23,6 +23,34 @@ def test_streamed_random_bytes_join_to_what_decoding_at_once_gives(tokenizer, se
     assert stream.end() == ""
 
 
+@pytest.mark.parametrize(
+    "stray", [b"\x80" * 500, b"\xf0\x9f" * 250, b"\xe2\x82\xf0\x9f\xa6" * 100, b"\xff\xc2" * 250]
+)
+def test_bytes_that_are_no_utf8_are_given_out_as_they_come(
+    monkeypatch: pytest.MonkeyPatch, stray: bytes
+) -> None:
+    """Were all kept until a character is whole, every token would take longer than the last."""
+    token_of = {LETTERS.decode_bytes([token]): token for token in range(LETTERS.vocab_size)}
+    ids = [token_of[bytes([byte])] for byte in stray]
+    assert LETTERS.decode_bytes(ids) == stray
+    looked_at = []
+    for name in ("decode", "decode_bytes"):
+        inner = getattr(LETTERS, name)
+
+        def counted(ids, skip_special=True, inner=inner):
+            looked_at.append(len(ids))
+            return inner(ids, skip_special)
+
+        monkeypatch.setattr(LETTERS, name, counted)
+    stream, told = TextStream(LETTERS), ""
+    for number, token in enumerate(ids, start=1):
+        told += stream.push(token)
+        known = stray[:number].decode("utf-8", errors="replace")
+        assert 0 <= len(known) - len(told) <= 1 and known.startswith(told)
+    assert sum(looked_at) <= 4 * len(ids)
+    assert told + stream.end() == stray.decode("utf-8", errors="replace")
+
+
 def test_streaming_valid_text_never_gives_a_replacement_character(tokenizer):
     text = "naïve 你好 🦊👩‍👩‍👧 \U0010ffff \u0800 end \ufffd!"
     stream = TextStream(tokenizer)

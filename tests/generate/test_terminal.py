@@ -53,6 +53,11 @@ def typing(*lines: str | BaseException) -> Callable[[str], str]:
     return ask
 
 
+def typing_silently(*lines: str | BaseException) -> Callable[[str], str]:
+    ask = typing(*lines)
+    return lambda prompt: ask("")
+
+
 def interrupted(writer: Writer, after: int) -> None:
     """Ctrl-C at this step of the model, once."""
     inner = writer.session.step
@@ -99,7 +104,7 @@ def test_a_line_goes_on_with_the_story(model: LanguageModel, capsys: Output) -> 
     new = len(model.tokenizer.encode(f"{joint}a fox"))
     assert timing.cached_tokens == len(typed) + 5  # the last of the six was not run yet
     assert timing.prefill_tokens == 1 + new
-    told, line, more, stats, _ = capsys.readouterr().out.split("\n", 4)[:5]
+    told = capsys.readouterr().out.split("\n")[0]
     assert told == f"Once there{first}"
 
 
@@ -115,6 +120,18 @@ def test_what_was_told_is_what_the_model_sees(model: LanguageModel, capsys: Outp
         ended.append(writer.ended)
         assert model.tokenizer.decode(writer.ids) == told
     assert True in ended
+
+
+def test_a_prompt_that_is_cut_says_so_in_one_line(model: LanguageModel, capsys: Output) -> None:
+    writer = Writer(model, GREEDY, context=40)
+    Story(writer).take("fox " * 60)
+    out, err = capsys.readouterr()
+    assert re.fullmatch(
+        r"warning: the prompt has \d+ tokens and the model looks back on 40: only the last 34 of "
+        r"them are read, .*; shorten it, or give a larger context \(the model's is 64\)\n",
+        err,
+    )
+    assert writer.ids[0] == model.begin_ids[0] and len(writer.ids) == 40
 
 
 @pytest.mark.parametrize("line", ["", "a fox"])
@@ -178,8 +195,8 @@ def test_ctrl_c_ends_a_story_and_not_the_program(model: LanguageModel, capsys: O
     ids = list(writer.ids)
     assert len(ids) == len(model.prompt_ids("Once")) + 9
     assert not writer.ended
-    out = capsys.readouterr().out
-    assert out.startswith(f"Once{writer.text}") and "9 new tokens; prefill" in out
+    out, err = capsys.readouterr()
+    assert out == f"Once{writer.text}\n" and err.startswith("9 new tokens; prefill")
     writer.config = GREEDY
     story.take("x")
     assert writer.ids[: len(ids)] == ids and writer.session.timing.cached_tokens == len(ids) - 1
@@ -192,9 +209,73 @@ def test_interact(model: LanguageModel, capsys: Output) -> None:
     out = capsys.readouterr().out
     assert out.startswith("Type how a story begins")
     assert out.count("> ") == 5 and out.endswith("> \n")
+
+
+def test_what_is_no_text_is_asked_for_again(model: LanguageModel, capsys: Output) -> None:
+    writer = Writer(model, GREEDY)
     mistake = UnicodeDecodeError("utf-8", b"caf\xe9", 3, 4, "bad")
-    with pytest.raises(ValueError, match=r"what was typed is not UTF-8 \(0xe9\); expected UTF-8"):
-        interact(Story(writer), typing(mistake))
+    interact(Story(writer), typing("Once", mistake, "caf\udce9", "fox"))
+    out, err = capsys.readouterr()
+    assert err == "error: what was typed is not UTF-8 (0xe9); expected UTF-8\n" * 2
+    assert out.count("> ") == 5 and " fox" in out.rpartition("> ")[0].rpartition("> ")[2]
+
+
+def test_ctrl_c_twice_does_not_end_the_program(
+    model: LanguageModel, capsys: Output, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    presses = [2]
+
+    def pressed_again(*values: object, **more: object) -> None:
+        presses[0] -= not values
+        if not values and not presses[0]:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("builtins.print", pressed_again)
+    interact(
+        Story(Writer(model, GREEDY)), typing_silently(KeyboardInterrupt(), KeyboardInterrupt())
+    )
+    assert presses[0] == -1
+
+
+def test_a_line_of_punctuation_follows_without_a_space(model: LanguageModel) -> None:
+    for line, joint in (
+        (", and slept", ""),
+        ("...", ""),
+        ("!", ""),
+        ("'s fox", ""),
+        ('" said', ""),
+        ('"', ""),
+        ('"Hello', " "),
+        ("a fox", " "),
+        (" ,", ""),
+        ("(red)", " "),
+        (") red", ""),
+        ("\u201d x", ""),
+        ("\u201cHi", " "),
+        ("3", " "),
+    ):
+        writer = Writer(model, SamplingConfig(greedy=True, max_new_tokens=1))
+        story = Story(writer)
+        story.take("The boy went home")
+        story._told = story._told.rstrip() + "."  # whatever the model wrote
+        ids = list(writer.ids)
+        story.take(line)
+        assert writer.ids[len(ids) : -1] == model.tokenizer.encode(joint + line), line
+
+
+def test_a_stop_string_that_is_a_special_token_ends_an_answer(
+    chatty: LanguageModel, capsys: Output
+) -> None:
+    """It is left out of the text, where a string would look for it in vain."""
+    config = SamplingConfig(greedy=True, max_new_tokens=12, stop=("<|im_end|>",))
+    chatty.stop_ids = frozenset()
+    ids = chatty.template.ids([{"role": "user", "content": "Hello"}])
+    writer = Writer(chatty, config)
+    writer.write(ids, ())
+    assert (writer.text, writer.ended) == ("A red fox!", True)
+    writer.config = SamplingConfig(greedy=True, max_new_tokens=12)
+    writer.write(ids, ())
+    assert not writer.ended
 
 
 def test_what_is_done_afterwards(model: LanguageModel, capsys: Output) -> None:
@@ -212,11 +293,11 @@ def test_a_conversation(chatty: LanguageModel, capsys: Output) -> None:
     writer = Writer(chatty, SamplingConfig(greedy=True), stats=True)
     interact(Chat(writer, "Be brief."), typing("Hello", "", "/new Hello", "Hello", "/new"))
     out, err = capsys.readouterr()
-    assert err == ""
+    assert err.count("\n") == 3  # the counts, as the output is no terminal
     assert out.count("A red fox!\n") == 3 and out.count("> ") == 6
     counts = [
         (int(prefill), int(cached))
-        for prefill, cached in re.findall(r"prefill (\d+) tokens \((\d+) more were in the", out)
+        for prefill, cached in re.findall(r"prefill (\d+) tokens \((\d+) more were in the", err)
     ]
     system = {"role": "system", "content": "Be brief."}
     hello = {"role": "user", "content": "Hello"}
@@ -242,13 +323,84 @@ def test_a_conversation_that_outgrows_the_context_forgets_its_oldest_messages(
         assert text.endswith(f"Hello {number}<|im_end|>\n<|im_start|>assistant\nA red fox!")
         assert len(writer.ids) <= 100
     assert "Hello 1<" not in text and "Hello 18<" in text
-    with pytest.raises(TooLongError, match=r"the message is \d+ tokens .* looks back on 100; exp"):
+    _, err = capsys.readouterr()
+    assert "(forgotten: the oldest messages, for the context of 100 is full)\n" in err
+    with pytest.raises(
+        TooLongError,
+        match=r"the message is \d+ tokens .* looks back on 100, its answer included; exp",
+    ):
         chat.take("x " * 100)
     chat.take("Hello")
     assert "Hello 18\n" in CHAT.decode(writer.ids), "a message that was refused leaves no trace"
     # One that leaves no room for a whole answer is answered all the same.
     chat.take("x" * 60)
     assert writer.text == "A red fox!"
+
+
+def test_an_answer_ends_where_the_context_does(chatty: LanguageModel, capsys: Output) -> None:
+    """It would slide, and the system's message would be gone in silence."""
+    system = "Be brief."
+    writer = Writer(chatty, SamplingConfig(greedy=True, max_new_tokens=1000), context=60)
+    chat = Chat(writer, system)
+    for n_letters in (
+        5,
+        60
+        - len(
+            chatty.template.ids(
+                [{"role": "system", "content": system}, {"role": "user", "content": ""}]
+            )
+        )
+        - 2,
+    ):
+        capsys.readouterr()
+        chat.take("x" * n_letters)
+        text = CHAT.decode(writer.ids, skip_special=False)
+        assert text.startswith("<|im_start|>system\nBe brief.<|im_end|>")
+        assert len(writer.ids) <= 60
+    out, err = capsys.readouterr()
+    assert writer.session.timing.new_tokens == 2 and out != "A red fox!\n"
+    assert err.endswith("(cut short: the context of 60 is full)\n")
+
+
+def test_a_sampled_conversation_is_not_computed_again(tmp_path: Path, capsys: Output) -> None:
+    """Its answers, encoded from their text, would be other tokens than those in the cache."""
+    config = ModelConfig(**SMALL | {"vocab_size": CHAT.vocab_size, "max_seq_len": 256})
+    save_model(tmp_path / "random", make_model(config), CHAT)
+    model = pyllm.load(tmp_path / "random")
+    special = set(CHAT.special_tokens.values())
+    otherwise = 0
+    for seed in range(8):
+        writer = Writer(model, SamplingConfig(seed=seed, temperature=1.5, max_new_tokens=20))
+        chat = Chat(writer, "Be brief.")
+        for turn in range(3):
+            held = len(writer.ids)
+            chat.take("Hello")
+            timing = writer.session.timing
+            total = timing.cached_tokens + timing.prefill_tokens
+            if turn:
+                assert timing.prefill_tokens <= total - held + 1
+            drawn = writer.ids[total:]
+            if special & set(drawn):
+                break
+            otherwise += CHAT.encode(writer.text) != drawn
+    assert otherwise > 10
+
+
+def test_stories_of_one_program_differ_and_those_of_two_do_not(
+    model: LanguageModel, capsys: Output
+) -> None:
+    def told() -> list[str]:
+        writer = Writer(model, SamplingConfig(seed=2**63 - 2, temperature=1.5, max_new_tokens=20))
+        texts = []
+        for _ in range(3):
+            Story(writer).take("/new Once")
+            texts.append(writer.text)
+        return texts
+
+    first = told()
+    assert len(set(first)) == 3
+    assert first == told()
+    assert first[0] == model.generate("Once", seed=2**63 - 2, temperature=1.5, max_new_tokens=20)
 
 
 def test_a_message_too_long_does_not_end_the_program(chatty: LanguageModel, capsys: Output) -> None:
@@ -271,6 +423,27 @@ def test_ctrl_c_keeps_the_part_of_an_answer_that_was_told(
     assert part and part != "A red fox!" and "A red fox!".startswith(part)
     chat.take("Hello")
     assert f"assistant\n{part}<|im_end|>" in CHAT.decode(writer.ids, skip_special=False)
+
+
+@pytest.mark.parametrize("place", ["_warn", "write", "begin"])
+def test_ctrl_c_before_an_answer_leaves_no_second_message(
+    chatty: LanguageModel, capsys: Output, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    writer = Writer(chatty, SamplingConfig(greedy=True))
+    chat = Chat(writer)
+    chat.take("Hello")
+
+    def press(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        owner = {"_warn": chat, "write": writer, "begin": writer.session}[place]
+        patch.setattr(owner, place, press)
+        chat.take("fox")
+    chat.take("x")
+    text = CHAT.decode(writer.ids, skip_special=False)
+    assert text.count("<|im_start|>user\n") == text.count("<|im_start|>assistant\n")
+    assert text.count("A red fox!") == 2, "none is told twice"
 
 
 def test_a_model_that_was_not_tuned_for_chat_warns_in_one_line(

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -66,9 +67,9 @@ def test_a_story_of_the_newest_run_with_stats_and_experts(place):
     assert (code, error) == (0, "")
     assert plain.startswith("Once") and len(plain) > 10
 
-    code, out, _ = run(place, *flags, "--model", "runs/fox", "--stats", "--show-experts")
+    code, out, stats = run(place, *flags, "--model", "runs/fox", "--stats", "--show-experts")
     assert code == 0 and out.startswith(plain)
-    written = re.search(r"(\d+) new tokens; prefill \d+ tokens .* [\d.]+ tokens/s", out)
+    written = re.fullmatch(r"(\d+) new tokens; prefill \d+ tokens .* [\d.]+ tokens/s\n", stats)
     assert written and 1 <= int(written[1]) <= 30
     assert "MoE layer 1 of 0 to 1" in out
     counts = re.findall(r"(\d+): (\d+)", out.rpartition("tokens by expert")[2])
@@ -98,6 +99,30 @@ def test_interactive_ctrl_c_ends_a_story_and_the_end_of_input_the_program(place)
     _, error = process.communicate(timeout=60)
     assert process.returncode == 0
     assert "Traceback" not in error
+
+
+def test_flags_that_are_not_given_are_as_the_model_has_them(place, monkeypatch, tmp_path):
+    script = load_script("generate")
+    monkeypatch.chdir(place)
+    assert script.defaults([]) == script.Config()
+    assert script.defaults(["--help"]) == script.defaults(["--model", "none"]) == script.Config()
+    shutil.copytree(place / "dense", tmp_path / "other")
+    (tmp_path / "other" / "manifest.json").unlink()
+    file = tmp_path / "other" / "generation_config.json"
+    file.write_text('{"temperature": 0.3, "top_k": 9}')
+    flags = [f"--model={tmp_path / 'other'}", "--prompt", "Once", "--seed", "1"]
+    found = script.defaults(flags)
+    assert (found.temperature, found.top_k, found.top_p, found.greedy) == (0.3, 9, 0.95, False)
+    file.write_text('{"do_sample": false}')
+    assert script.defaults(flags).greedy
+    assert not script.defaults([*flags, "--top-k", "3"]).greedy
+    assert not script.defaults([*flags, "--temperature=3"]).greedy
+    texts = {run(place, *flags, "--max-new-tokens", "9", *more) for more in ((), ("--greedy",))}
+    assert len(texts) == 1
+    file.write_text('{"top_p": 7}')
+    code, _, error = run(place, *flags)
+    assert code == 2
+    assert "generation_config.json: top_p must be above 0 and at most 1, got 7" in error
 
 
 @pytest.mark.parametrize(

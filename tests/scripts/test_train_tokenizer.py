@@ -53,7 +53,7 @@ def test_the_trainer_is_the_one_asked_for(
     monkeypatch.chdir(Path(data).parent)
     make(capsys, data=data, vocab_size=300, trainer="tokenizers")
     with pytest.raises(AssertionError, match="our own trainer"):
-        make(capsys, data=data, vocab_size=300)
+        make(capsys, data=data, vocab_size=300, out=Path("other"))
 
 
 def test_characters(data: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -79,6 +79,36 @@ def test_gpt2(shared_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert said.startswith("50257 tokens\n")
     model = json.loads((tmp_path / "tokenizer.json").read_text(encoding="utf-8"))["model"]
     assert (len(model["vocab"]), len(model["merges"])) == (50257, 50000)
+
+
+@pytest.mark.parametrize("out", [".", "own.json"])
+def test_a_tokenizer_that_is_there_stays(
+    out: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make(capsys, kind="byte", out=tmp_path / out)
+    [file] = tmp_path.iterdir()
+    before = file.read_bytes()
+    with pytest.raises(ValueError, match=f"{file.name}: already there; remove it or name another"):
+        make(capsys, kind="byte", out=tmp_path / out)
+    assert file.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("settings", "flag"),
+    [
+        ({"kind": "byte", "vocab_size": 999}, "--vocab-size"),
+        ({"kind": "gpt2", "vocab_size": 999, "vocab_bpe": "x", "encoder_json": "y"}, "--vocab-s"),
+        ({"kind": "byte", "trainer": "tokenizers"}, "--trainer"),
+        ({"kind": "char", "trainer": "tokenizers", "data": "x.txt"}, "--trainer"),
+        ({"kind": "byte", "text_column": "story"}, "--text-column"),
+    ],
+)
+def test_flags_that_would_do_nothing(
+    settings: dict[str, object], flag: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(ValueError, match=f"{flag}.* is given, but --kind .* has no use for it"):
+        make(capsys, out=tmp_path, **settings)
+    assert not [*tmp_path.iterdir()]
 
 
 @pytest.mark.parametrize("real", [True, False])
