@@ -143,6 +143,11 @@ class ModelConfig:
             raise ValueError(
                 f"ModelConfig: rope_scaling {self.rope_scaling} needs rope_original_len, got None"
             )
+        if self.d_ff_dense > _LARGEST_SIZE:
+            raise ValueError(
+                f"ModelConfig: top_k ({self.top_k}) and n_shared_experts ({self.n_shared_experts}) "
+                f"times d_ff ({self.d_ff}) must be at most {_LARGEST_SIZE:,} together"
+            )
         if self.attention_sinks and self.window is None:
             raise ValueError(
                 f"ModelConfig: attention_sinks ({self.attention_sinks}) need a window, got None"

@@ -228,7 +228,12 @@ class Tokenizer:
         if file.is_dir():
             file = file / TOKENIZER_FILE
         text = read_text(file, "tokenizer", remedy)
-        _check_prefix(file, text, remedy)
+        try:
+            content = json.loads(text)
+        except (ValueError, RecursionError):
+            content = None  # the library will say so
+        _check_prefix(file, content, remedy)
+        _check_added_once(file, content, remedy)
         try:
             # The library raises a bare Exception, whatever is wrong with the file.
             with panic_as_value_error(remedy):
@@ -301,14 +306,25 @@ class Tokenizer:
                 )
 
 
-def _check_prefix(file: Path, text: str, remedy: str) -> None:
+def _check_prefix(file: Path, content: Any, remedy: str) -> None:
     # The library panics over one while it reads the file, before anything else can look at it.
     try:
-        prefix = json.loads(text)["model"]["continuing_subword_prefix"]
-    except (ValueError, RecursionError, LookupError, TypeError):
-        return  # no tokenizer.json, as the library will say, or one without the key
+        prefix = content["model"]["continuing_subword_prefix"]
+    except (LookupError, TypeError):
+        return
     if prefix:
         raise ValueError(
             f"{file}: its model.continuing_subword_prefix is {shown(prefix)}; expected null; "
             f"{remedy}"
         )
+
+
+def _check_added_once(file: Path, content: Any, remedy: str) -> None:
+    # The library keeps both of two, in different places, and then writes only one of them.
+    try:
+        names = [str(token["content"]) for token in content["added_tokens"]]
+    except (LookupError, TypeError):
+        return
+    twice = [name for place, name in enumerate(names) if name in names[:place]]
+    if twice:
+        raise ValueError(f"{file}: its added token {shown(twice[0])} stands there twice; {remedy}")

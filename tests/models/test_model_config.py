@@ -65,6 +65,10 @@ from pyllm.models import PRESETS, ModelConfig, preset
         ({"rope_original_len": 0}, "rope_original_len must be a whole number from 1 to .*, got 0"),
         ({"attention_sinks": 4}, r"attention_sinks \(4\) need a window, got None"),
         ({"attention_sinks": -1}, "attention_sinks must be a whole number from 0 to .*, got -1"),
+        (
+            {"n_shared_experts": 2**30, "d_ff": 2},
+            r"top_k \(2\) and n_shared_experts \(1073741824\) times d_ff \(2\) must be at most",
+        ),
         ({"n_shared_experts": 1, "moe_every": 0}, r"n_shared_experts \(1\) .* need experts"),
         (
             {"router_bias": True, "moe_every": 0},

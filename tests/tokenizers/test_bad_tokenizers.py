@@ -114,6 +114,10 @@ def vocab_with(**tokens):
         (with_added(content="éé", special=False), "'éé' would be decoded as other bytes"),
         (with_added(content="the"), "special token 'the' is also what ordinary text is encoded as"),
         (with_added(content="a"), "special token 'a' is also what ordinary text is encoded as"),
+        (
+            changed("added_tokens", to=[*CONTENT["added_tokens"], CONTENT["added_tokens"][-1]]),
+            "added token '.*' stands there twice",
+        ),
         (changed("added_tokens", to=[]), r"no special token <\|endoftext\|>"),
         (
             changed("added_tokens", 0, "special", to=False),
