@@ -264,7 +264,7 @@ def test_flags_mean_what_they_say_or_are_refused_in_one_line(
         return
     # What nothing on the line names is as by default, which for train_moe depends on the preset.
     event("damaged, but legible")
-    start = {("preset",): config.preset} if chosen.defaults else {}
+    start = {("preset",): config.preset} if hasattr(config, "preset") else {}
     start |= {flag.place: at(config, flag.place) for flag in chosen.flags if flag.required}
     default = chosen.config(start)
     for flag in chosen.flags:
