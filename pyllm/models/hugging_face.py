@@ -216,6 +216,7 @@ def _read_rope(
                 )
             if is_inside:
                 check_size("its original_max_position_embeddings", original_len, 1, 2**31)
+                check_size("its max_position_embeddings", max_seq_len, 1, 2**31)
                 _check_yarn(rope["rope_factor"], original_len, max_seq_len)
     else:
         raise ValueError(

@@ -236,6 +236,10 @@ REFUSED = [
     ({"rms_norm_eps": None}, "norm_eps must be a number from 1e-12 to 1, got None"),
     ({"rope_theta": "big"}, "rope_theta must be a number from 1 to 1e.30, got 'big'"),
     ({"rope_scaling": "linear"}, "rope_scaling is 'linear'; expected an object or null"),
+    (
+        rope("yarn", original_max_position_embeddings=8) | {"max_position_embeddings": 10**400},
+        "its max_position_embeddings must be a whole number",
+    ),
     (rope("dynamic"), "of type 'dynamic'; expected default, linear, llama3 or yarn"),
     (rope("longrope", short_factor=[1.0]), "of type 'longrope'; expected default, linear"),
     (rope("su"), "of type 'su'; expected default"),
