@@ -133,9 +133,45 @@ def presets() -> list[str]:
     ]
 
 
+def sparsity() -> list[str]:
+    """A mixture of experts beside its dense twin."""
+    found = newest("moe-vs-dense")
+    if found is None:
+        return []
+    path, content = found
+    train, seeds = content["train"], len(content["runs"]["mixture"])
+    tokens_per_step = train["batch_size"] * train["accumulation"] * train["seq_len"]
+    lines = [
+        f"Does sparsity pay? `moe-tiny` beside a dense model of the same active compute, {seeds} "
+        f"runs of each on {content['text']}:",
+        "",
+        "| model | parameters | steps | tokens | training steps | val_loss (spread) | val_bpb |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for kind, summary in content["summary"].items():
+        model = content["mixture" if kind == "mixture" else "dense"]
+        steps = content["steps"][kind]
+        bits = summary["val_bpb"]
+        lines.append(
+            f"| {kind} | {model['total'] / 1e6:.1f}M | {steps} "
+            f"| {steps * tokens_per_step / 1e6:.2f}M | {steps * summary['median_step']:.0f} s "
+            f"| {summary['val_loss']:.3f} ({summary['val_loss_spread']:.3f}) "
+            f"| {'none' if bits is None else f'{bits:.3f}'} |"
+        )
+    picture = "benchmarks/results/moe-vs-dense.svg"
+    return [
+        *lines,
+        "",
+        f"![The losses of both]({picture})",
+        "",
+        machine_line(path, content["machine"]),
+        "",
+    ]
+
+
 def render() -> str:
     """The block, with its marks."""
-    return "\n".join([BEGIN, "", *stories(), *presets(), *operations(), END])
+    return "\n".join([BEGIN, "", *stories(), *sparsity(), *presets(), *operations(), END])
 
 
 def replaced(text: str) -> str:
