@@ -143,10 +143,11 @@ class ModelConfig:
             raise ValueError(
                 f"ModelConfig: rope_scaling {self.rope_scaling} needs rope_original_len, got None"
             )
-        if self.d_ff_dense > _LARGEST_SIZE:
+        dense_width = self.d_ff_dense if self.n_moe_layers < self.n_layers else 0
+        if max(dense_width, self.n_shared_experts * self.d_ff) > _LARGEST_SIZE:
             raise ValueError(
                 f"ModelConfig: top_k ({self.top_k}) and n_shared_experts ({self.n_shared_experts}) "
-                f"times d_ff ({self.d_ff}) must be at most {_LARGEST_SIZE:,} together"
+                f"times d_ff ({self.d_ff}) must be at most {_LARGEST_SIZE:,}"
             )
         if self.attention_sinks and self.window is None:
             raise ValueError(

@@ -117,8 +117,9 @@ def is_sound(settings):
         and (settings["position"] != "rope" or (width // heads) % 2 == 0)
         and (settings["moe_every"] == 0 or settings["top_k"] <= settings["n_experts"])
         and settings["moe_every"] <= settings["n_layers"]
+        and settings["d_ff"] * settings["n_shared_experts"] < 2**31
         and (
-            settings["moe_every"] == 0
+            settings["moe_every"] < 2
             or settings["d_ff"] * (settings["top_k"] + settings["n_shared_experts"]) < 2**31
         )
         and (settings["moe_every"] or not settings["n_shared_experts"])
