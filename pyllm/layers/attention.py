@@ -111,13 +111,17 @@ class CausalSelfAttention(nn.Module):
             cache.append(layer, k_BTGK, v_BTGK, counts)
             return attention(q_BTHK, k_BTGK, v_BTGK, window=self.window, sinks=self.sinks)
         if n_tokens > PIECE and counts is None and cache.is_even:
-            # Matrix products pay for a long block, with all that it sees side by side.
-            seen = cache.look_back(layer)
+            # Matrix products pay for a long block, with all that it sees side by side. In a
+            # contiguous cache it is so already; a rolling one is about to write over some of it.
+            seen = cache.look_back(layer) if cache.rolling else ()
             cache.append(layer, k_BTGK, v_BTGK)
-            k_BSGK, v_BSGK = (
-                torch.cat([old.to(new.dtype), new], dim=1)
-                for old, new in zip(seen, (k_BTGK, v_BTGK), strict=True)
-            )
+            if seen:
+                k_BSGK, v_BSGK = (
+                    torch.cat([old.to(fresh.dtype), fresh], dim=1)
+                    for old, fresh in zip(seen, (k_BTGK, v_BTGK), strict=True)
+                )
+            else:
+                k_BSGK, v_BSGK = (x[:, : cache.length + n_tokens] for x in cache.slots(layer))
             return attention(q_BTHK, k_BSGK, v_BSGK, window=self.window, sinks=self.sinks)
         pieces = []
         for before in range(0, max(n_tokens, 1), PIECE):

@@ -1,6 +1,5 @@
 """The sparse mixture of experts as a layer: an fp32 router, stacked experts, a dispatcher."""
 
-from collections.abc import Callable
 from contextlib import nullcontext
 from typing import NamedTuple, Protocol
 
@@ -8,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from pyllm._checks import check_choice, check_size
+from pyllm.layers._buffers import Float32Buffers
 from pyllm.layers._checks import check_fits, check_input, check_sizes
 from pyllm.layers.mlp import MLP
 from pyllm.ops import moe_ffn, route_topk
@@ -58,7 +58,7 @@ class LocalDispatcher:
         return moe_ffn(x_ND, w_in, w_out, weights_NA, experts_NA, activation)
 
 
-class MoE(nn.Module):
+class MoE(Float32Buffers):
     """``n_experts`` feed-forward networks, of which ``top_k`` run for each token.
 
     ``sum_a w_a expert_a(x) + shared(x)``
@@ -108,17 +108,9 @@ class MoE(nn.Module):
         self.w_out = nn.Parameter(torch.empty(n_experts, width, hidden))
         n_shared = check_size("MoE: n_shared", n_shared, 0)
         self.shared = MLP(width, n_shared * hidden, activation) if n_shared else None
+        # Float32: the router works in it, and steps of 0.001 are lost in bf16.
         self.router_bias: Tensor | None
         self.register_buffer("router_bias", torch.zeros(n_experts) if router_bias else None)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "MoE":
-        # The router works in fp32, and steps of 0.001 are lost in bf16: only the device may change.
-        bias = self.router_bias
-        super()._apply(fn, recurse)
-        now = self.router_bias
-        if bias is not None and now is not None and now.dtype != torch.float32:
-            self.router_bias = bias.to(now.device)
-        return self
 
     @torch.no_grad()
     def move_bias(self, tokens_per_expert_E: Tensor, rate: float) -> None:

@@ -1,17 +1,16 @@
 """How a model knows the order of its tokens: rotary, learned or sinusoidal positions."""
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor, nn
 
 from pyllm._checks import check_choice, check_number
+from pyllm.layers._buffers import Float32Buffers
 from pyllm.layers._checks import check_fits, check_sizes
 from pyllm.layers.rope_scaling import SCALINGS, rotation
 from pyllm.ops._checks import check_index_range, check_whole
 
 
-class RotaryTable(nn.Module):
+class RotaryTable(Float32Buffers):
     """Cosines and sines of ``t * theta^(-2i/K)`` (RoFormer, arXiv:2104.09864, sec. 3.2.2).
 
     Kept in float32 and out of the state dict: it follows from the configuration.
@@ -56,16 +55,9 @@ class RotaryTable(nn.Module):
             raise ValueError(f"RotaryTable: scaling {scaling} needs original_len, got None")
         turn = rotation(head_dim, theta, scaling, factor, original_len)
         angle_TJ = torch.outer(torch.arange(max_seq_len, dtype=torch.float64), turn.frequency_J)
+        # Float32: bf16 would round the angles' cosines to 8 bits.
         for name, table_TJ in (("cos", angle_TJ.cos()), ("sin", angle_TJ.sin())):
             self.register_buffer(name, (table_TJ * turn.magnitude).float(), persistent=False)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "RotaryTable":
-        # model.bfloat16() would round the angles' cosines to 8 bits: only the device may change.
-        cos, sin = self.cos, self.sin
-        super()._apply(fn, recurse)
-        if self.cos.dtype != torch.float32:
-            self.cos, self.sin = cos.to(self.cos.device), sin.to(self.sin.device)
-        return self
 
     def forward(self, start: int, length: int) -> tuple[Tensor, Tensor]:
         """Tables (length, K/2) of positions ``start`` to ``start + length``."""
