@@ -11,6 +11,7 @@ from torch import Tensor
 from pyllm._checks import check_size, shown
 from pyllm.data import story_windows
 from pyllm.models import Transformer
+from pyllm.models.folder import check_vocabulary
 from pyllm.models.transformer import IGNORE_INDEX
 from pyllm.tokenizers import Tokenizer
 
@@ -96,7 +97,7 @@ def bits_per_byte(
         ValueError: no story, a text that is no str, a tokenizer of more tokens than the model has.
     """
     check_size("val_bpb: tokens_per_batch", tokens_per_batch, 1)
-    check_vocabulary("val_bpb", model, tokenizer)
+    check_vocabulary("val_bpb: ", model, tokenizer)
     begin = [tokenizer.end_of_text_id] if begin_ids is None else list(begin_ids)
     device = model.embedding.weight.device
     n_stories, n_bytes, pairs = 0, 0, []
@@ -116,19 +117,6 @@ def bits_per_byte(
             nats += output.loss.item()
             n_tokens += int((targets != IGNORE_INDEX).sum())
     return BitsPerByte(nats / math.log(2) / n_bytes, n_stories, n_tokens, n_bytes)
-
-
-def check_vocabulary(what: str, model: Transformer, tokenizer: Tokenizer) -> None:
-    """A vocabulary may be padded, so that the model has more.
-
-    Raises:
-        ValueError: the tokenizer has more tokens than the model.
-    """
-    if tokenizer.vocab_size > model.config.vocab_size:
-        raise ValueError(
-            f"{what}: the tokenizer has {tokenizer.vocab_size} tokens and the model "
-            f"{model.config.vocab_size}; use the tokenizer that was saved beside the model"
-        )
 
 
 def unscored_bytes(tokenizer: Tokenizer, ids: Sequence[int], begin: Sequence[int]) -> int:

@@ -10,13 +10,13 @@ import torch
 from pyllm._checks import check_size
 from pyllm.evaluate.score import (
     Window,
-    check_vocabulary,
     cut_windows,
     evaluating,
     padded_batches,
     unscored_bytes,
 )
 from pyllm.models import Transformer
+from pyllm.models.folder import check_vocabulary
 from pyllm.models.transformer import IGNORE_INDEX
 from pyllm.tokenizers import Tokenizer
 
@@ -97,7 +97,7 @@ def score_text(
     most = model.config.max_seq_len
     context = check_size("context", most if context is None else context, max(len(begin), 1), most)
     check_size("tokens_per_batch", tokens_per_batch, 1)
-    check_vocabulary("evaluate", model, tokenizer)
+    check_vocabulary("evaluate: ", model, tokenizer)
     end = [tokenizer.end_of_text_id] if count_end else []
     windows: list[Window] = []
     n_documents = n_bytes = 0

@@ -9,9 +9,8 @@ from pyllm._checks import shown
 from pyllm.generate import LanguageModel
 from pyllm.models.durable import read_json, readable_folder
 from pyllm.models.folder import CHAT_TEMPLATE, SAMPLING, stored_chat_template
+from pyllm.models.foreign_tokenizer import named_tokens
 from pyllm.tokenizers import Tokenizer
-
-_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 
 @dataclass(frozen=True)
@@ -75,17 +74,11 @@ def read_text_settings(model: LanguageModel) -> TextSettings:
             f"{folder / 'tokenizer_config.json'}: chat_template must be one text, got "
             f"{shown(template)}"
         )
-    names = {}
-    for name in _NAMES:
-        token = tokenizer_settings.get(name)
-        content = token.get("content") if isinstance(token, dict) else token
-        if isinstance(content, str):
-            names[name] = content
     return TextSettings(
         begin_ids=model.begin_ids,
         stop_ids=sorted(model.stop_ids, key=lambda id_: (id_ != end, id_)),
         chat_template=template,
-        names=names,
+        names=named_tokens(tokenizer_settings),
         generation=files["generation_config.json"],
     )
 

@@ -17,13 +17,13 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from pyllm._checks import check_text, one_line, shown
 from pyllm.models.durable import check_manifest, read_json
 from pyllm.models.folder import CHAT_TEMPLATE_FILE, stored_chat_template
+from pyllm.models.foreign_tokenizer import named_tokens
 from pyllm.tokenizers import Tokenizer
 
 ROLES = ("system", "user", "assistant")
 Message = Mapping[str, str]
 """``{"role": "user", "content": "Hello"}``, as Hugging Face and OpenAI have it."""
 
-_SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token")
 MARK, N_MARKS = 0xDC00, 1024
 """The characters that stand for drawn answers: the low surrogates."""
 _ANSWER = "the answer, wherever it stands"
@@ -97,14 +97,8 @@ class ChatTemplate:
                 f"{folder}: no chat template there; expected chat_template in "
                 f"{config_file.name}, as the trainer writes it, or a file {own_file.name}"
             )
-        names = {}
-        for name in _SPECIAL_NAMES:
-            token = config.get(name)
-            content = token.get("content") if isinstance(token, dict) else token
-            if isinstance(content, str):
-                names[name] = content
         try:
-            return cls(source, tokenizer, names)
+            return cls(source, tokenizer, named_tokens(config))
         except ValueError as error:
             raise ValueError(f"{folder}: {error}") from None
 

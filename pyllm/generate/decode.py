@@ -6,6 +6,7 @@ from pyllm.generate.config import SamplingConfig
 from pyllm.generate.session import Session, checked_ids
 from pyllm.generate.stream import TextStream
 from pyllm.models import Transformer
+from pyllm.models.folder import check_vocabulary
 from pyllm.tokenizers import Tokenizer
 
 
@@ -120,9 +121,5 @@ def prompt_ids(model: Transformer, tokenizer: Tokenizer, prompt: str) -> list[in
     Raises:
         ValueError: the tokenizer has more tokens than the model.
     """
-    if tokenizer.vocab_size > model.config.vocab_size:
-        raise ValueError(
-            f"the tokenizer has {tokenizer.vocab_size} tokens and the model "
-            f"{model.config.vocab_size}; use the tokenizer that was saved beside the model"
-        )
+    check_vocabulary("", model, tokenizer)
     return [tokenizer.end_of_text_id, *tokenizer.encode(prompt)]

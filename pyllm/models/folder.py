@@ -70,6 +70,19 @@ def write_model(folder: Path, model: Transformer, tokenizer: Tokenizer) -> None:
     write_json(folder / "generation_config.json", SAMPLING | special)
 
 
+def check_vocabulary(what: str, model: Transformer, tokenizer: Tokenizer) -> None:
+    """A vocabulary may be padded, so that the model has more.
+
+    Raises:
+        ValueError: the tokenizer has more tokens than the model; the message begins with ``what``.
+    """
+    if tokenizer.vocab_size > model.config.vocab_size:
+        raise ValueError(
+            f"{what}the tokenizer has {tokenizer.vocab_size} tokens and the model "
+            f"{model.config.vocab_size}; use the tokenizer that was saved beside the model"
+        )
+
+
 def stored_chat_template(folder: Path, settings: Mapping[str, Any]) -> Any:
     """What ``chat_template.jinja`` of a folder holds, else what ``tokenizer_config.json`` has.
 

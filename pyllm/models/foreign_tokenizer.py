@@ -1,6 +1,6 @@
 """What stands beside ``tokenizer.json`` in a Hugging Face folder, and would change the tokens."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +10,16 @@ from pyllm.tokenizers import Tokenizer
 
 SETTINGS = "tokenizer_config.json"
 _LISTS = ("additional_special_tokens", "extra_special_tokens")
-_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token")
+_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token")
+_MORE_NAMES = ("sep_token", "cls_token")
 _SAVE = "save the tokenizer again with save_pretrained of transformers, which puts all into one"
+
+
+def named_tokens(settings: Mapping[str, Any]) -> dict[str, str]:
+    """``bos_token``, ``eos_token``, ``unk_token`` and ``pad_token``, those that
+    ``tokenizer_config.json`` names."""
+    found = {name: _content(settings.get(name)) for name in _NAMES}
+    return {name: content for name, content in found.items() if content is not None}
 
 
 def check_tokenizer_files(folder: Path, tokenizer: Tokenizer, remedy: str) -> None:
@@ -57,7 +65,7 @@ def _tokens(name: str, settings: dict[str, Any]) -> Iterator[tuple[str, Any]]:
         for id_, token in decoder.items():
             if (content := _content(token)) is not None:
                 yield content, int(id_) if id_.isdecimal() else id_
-    named: list[Any] = [settings.get(key) for key in _NAMES]
+    named: list[Any] = [settings.get(key) for key in (*_NAMES, *_MORE_NAMES)]
     for key in _LISTS:
         more = settings.get(key)
         named += more.values() if isinstance(more, dict) else more if isinstance(more, list) else []

@@ -16,6 +16,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from operator import index
@@ -322,9 +323,9 @@ def _check_prefix(file: Path, content: Any, remedy: str) -> None:
 def _check_added_once(file: Path, content: Any, remedy: str) -> None:
     # The library keeps both of two, in different places, and then writes only one of them.
     try:
-        names = [str(token["content"]) for token in content["added_tokens"]]
+        counts = Counter(str(token["content"]) for token in content["added_tokens"])
     except (LookupError, TypeError):
         return
-    twice = [name for place, name in enumerate(names) if name in names[:place]]
-    if twice:
-        raise ValueError(f"{file}: its added token {shown(twice[0])} stands there twice; {remedy}")
+    for name, count in counts.most_common(1):
+        if count > 1:
+            raise ValueError(f"{file}: its added token {shown(name)} stands there twice; {remedy}")
