@@ -29,9 +29,11 @@ STATS = (
     r"(\d+) new tokens; prefill (\d+) tokens \((\d+) more were in the cache\) in [\d.]+ s, "
     r"[\d.]+ tokens/s; decode (\d+) tokens in [\d.]+ s, ([\d.]+) tokens/s\r\n"
 )
-# The session leader that opens a terminal is the one that Ctrl-C goes to.
+# The session leader that opens a terminal is the one that Ctrl-C goes to. It is heeded although the
+# tests may run in the background of a shell, where it is ignored, as programs then inherit.
 OWN_TERMINAL = (
-    "import os, sys\n"
+    "import os, signal, sys\n"
+    "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
     "os.close(os.open(os.ttyname(0), os.O_RDWR))\n"
     "os.execv(sys.executable, [sys.executable, *sys.argv[1:]])\n"
 )
@@ -63,7 +65,8 @@ class Terminal:
         """Read on until the screen, from the mark on, is as wanted."""
         end = time.monotonic() + DEADLINE_SECONDS
         while not shown(self.screen):
-            ready, _, _ = select.select([self.keys], [], [], max(end - time.monotonic(), 0))
+            left = end - time.monotonic()  # also for a program that never falls silent
+            ready = left > 0 and select.select([self.keys], [], [], left)[0]
             assert ready, f"not shown in {DEADLINE_SECONDS} s; the screen: {self.screen[-2000:]!r}"
             try:
                 read = os.read(self.keys, 65536)
