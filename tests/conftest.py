@@ -2,6 +2,7 @@
 
 import faulthandler
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from datetime import timedelta
@@ -52,6 +53,9 @@ def pytest_configure(config: pytest.Config) -> None:
         suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
     )
     settings.load_profile("pyllm")
+    # In the background of a shell Ctrl-C is ignored, which the programs that tests start inherit.
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     # Now, while pytest does not capture: what is written at the end of a hanging run must be seen.
     config.stash[_TERMINAL] = os.fdopen(os.dup(sys.__stderr__.fileno()), "w")
 

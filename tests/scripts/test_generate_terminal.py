@@ -29,11 +29,9 @@ STATS = (
     r"(\d+) new tokens; prefill (\d+) tokens \((\d+) more were in the cache\) in [\d.]+ s, "
     r"[\d.]+ tokens/s; decode (\d+) tokens in [\d.]+ s, ([\d.]+) tokens/s\r\n"
 )
-# The session leader that opens a terminal is the one that Ctrl-C goes to. It is heeded although the
-# tests may run in the background of a shell, where it is ignored, as programs then inherit.
+# The session leader that opens a terminal is the one that Ctrl-C goes to.
 OWN_TERMINAL = (
-    "import os, signal, sys\n"
-    "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+    "import os, sys\n"
     "os.close(os.open(os.ttyname(0), os.O_RDWR))\n"
     "os.execv(sys.executable, [sys.executable, *sys.argv[1:]])\n"
 )
