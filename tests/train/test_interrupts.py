@@ -178,8 +178,6 @@ def test_the_exit_codes(config: RunConfig, tmp_path: Path, number: int, code: in
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        # A shell that starts this in the background ignores Ctrl-C, and children inherit that.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler) and None,
     )
     while not (tmp_path / "run" / "last").exists():
         assert run.poll() is None, run.communicate()
