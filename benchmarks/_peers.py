@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pyllm.reference.int8_linear import quantize_rows
+
 Values = Mapping[str, Any]
 
 
@@ -71,6 +73,17 @@ def _decode_attention(v: Values) -> Tensor:
     return y.transpose(1, 2)
 
 
+def _kept_for_int8(v: Values) -> Values:
+    """Quantised beforehand: `_int_mm` neither quantises nor scales, and is not charged for it."""
+    if not v["quantize_input"]:
+        raise NotImplementedError("_int_mm multiplies integers only")
+    return {**v, "q": quantize_rows(v["x"])[0], "weight_DF": v["weight"].T}
+
+
+def _int8_linear(v: Values) -> Tensor:
+    return torch._int_mm(v["q"], v["weight_DF"])
+
+
 def _linear_cross_entropy(v: Values) -> Tensor:
     logits = F.linear(v["x"], v["weight"])
     return F.cross_entropy(
@@ -104,6 +117,7 @@ PEERS: dict[str, Callable[[Values], Tensor]] = {
     "kv_append": _kv_append,
     "decode_attention": _decode_attention,
     "linear_cross_entropy": _linear_cross_entropy,
+    "int8_linear": _int8_linear,
     "moe_ffn": _moe_ffn,
 }
 """Operation to the forward of its peer: named inputs to the first output; autograd goes back."""
@@ -111,5 +125,6 @@ PEERS: dict[str, Callable[[Values], Tensor]] = {
 KEPT: dict[str, Callable[[Values], Values]] = {
     "kv_append": _kept_for_append,
     "decode_attention": _kept_for_decode,
+    "int8_linear": _kept_for_int8,
 }
 """Operation to how its peer would have kept the inputs from call to call; not timed."""

@@ -80,9 +80,11 @@ def operations() -> list[str]:
         "| operation | dtype | pass | C++ face | reference | PyTorch's own | PyTorch / C++ |",
         "|---|---|---|---|---|---|---|",
     ]
+    with_tiny = {case["op"] for case in content["cases"] if case["name"] == "moe-tiny"}
     for case in content["cases"]:
-        if case["name"] != "moe-tiny":
+        if case["name"] != "moe-tiny" and case["op"] in with_tiny:
             continue
+        label = f"`{case['op']}`" + ("" if case["op"] in with_tiny else f" {case['name']}")
         for stage in ("forward", "backward"):
             rows = {
                 row["face"]: row
@@ -97,10 +99,76 @@ def operations() -> list[str]:
                 for face in ("cpu", "reference", "peer")
             ]
             ratio = f"{rows['peer']['median'] / own:.1f} x" if "peer" in rows else ""
-            lines.append(
-                f"| `{case['op']}` | {case['dtype']} | {stage} | {' | '.join(cells)} | {ratio} |"
-            )
+            lines.append(f"| {label} | {case['dtype']} | {stage} | {' | '.join(cells)} | {ratio} |")
     return [*lines, "", machine_line(path, content["machine"]), ""]
+
+
+def scaling() -> list[str]:
+    """The loss against compute, and how well the smaller models foretell the largest."""
+    found = newest("scaling")
+    if found is None:
+        return []
+    path, content = found
+    runs = content["runs"]
+    return [
+        f"Does the loss fall with compute as a power law? Mixtures of {runs[0]['width']} to "
+        f"{runs[-1]['width']} channels on {content['text']}; what was fitted to all but the "
+        f"largest predicts {content['predicted']:.3f} for that, and {content['measured']:.3f} was "
+        "measured:",
+        "",
+        "![The loss against compute](benchmarks/results/scaling.svg)",
+        "",
+        machine_line(path, content["machine"]),
+        "",
+    ]
+
+
+def decoding() -> list[str]:
+    """Writing and reading a prompt beside llama.cpp, and what writing takes in memory."""
+    lines = []
+    found = newest("decode")
+    if found is not None:
+        path, content = found
+        prompts = list(content["cases"][0]["prefill"])
+        heads = [f"prompt of {n} | llama.cpp / pyllm" for n in prompts]
+        lines += [
+            f"Writing one token after {content['context']} others, and reading a prompt, on "
+            f"{content['threads']} threads, beside llama.cpp on the same weights (int8 beside "
+            "Q8_0). The share is that of the speed at which this machine reads memory, in the "
+            "same run.",
+            "",
+            f"| model | weights | a token | llama.cpp / pyllm | share | {' | '.join(heads)} |",
+            "|---|---|---|---|---|" + "---|" * 2 * len(prompts),
+        ]
+        for case in content["cases"]:
+            cells = []
+            for n in prompts:
+                cells.append(f"{case['prefill'][n]['pyllm']['median'] * 1e3:.1f} ms")
+                ratio = case.get("prefill_ratio", {}).get(n)
+                cells.append("not run" if ratio is None else f"{ratio:.2f} x")
+            ratio = f"{case['decode_ratio']:.2f} x" if "decode_ratio" in case else "not run"
+            lines.append(
+                f"| `{case['preset']}` | {case['dtype']} "
+                f"| {case['decode']['pyllm']['median'] * 1e3:.2f} ms | {ratio} "
+                f"| {case['share_of_bandwidth']:.0%} | {' | '.join(cells)} |"
+            )
+        lines += ["", machine_line(path, content["machine"]), ""]
+    found = newest("memory")
+    if found is not None:
+        path, content = found
+        parts = [
+            f"{case['peak'] / 1e6:.0f} MB in {case['dtype']} (its file has "
+            f"{case['file'] / 1e6:.0f} MB)"
+            for case in content["cases"]
+        ]
+        lines += [
+            f"Writing {content['tokens']} tokens with `{content['cases'][0]['preset']}` takes, "
+            f"above an interpreter with torch imported, at its peak {', '.join(parts)}.",
+            "",
+            machine_line(path, content["machine"]),
+            "",
+        ]
+    return lines
 
 
 def presets() -> list[str]:
@@ -171,7 +239,8 @@ def sparsity() -> list[str]:
 
 def render() -> str:
     """The block, with its marks."""
-    return "\n".join([BEGIN, "", *stories(), *sparsity(), *presets(), *operations(), END])
+    parts = (stories, sparsity, scaling, decoding, presets, operations)
+    return "\n".join([BEGIN, "", *(line for part in parts for line in part()), END])
 
 
 def replaced(text: str) -> str:

@@ -34,8 +34,9 @@ def load(
     Args:
         path: a run folder (its best checkpoint is taken) or a model folder.
         device: ``auto`` (cuda, then mps, then cpu), ``cpu``, ``cuda``, ``cuda:1``, ``mps``.
-        dtype: of the weights: ``float32``, ``bfloat16``, ``float16``; ``auto``: float32, or float64
-            where they were saved so.
+        dtype: of the weights: ``float32``, ``bfloat16``, ``float16``, ``int8`` (a quarter of the
+            memory, and several times as fast on a CPU); ``auto``: float32, or float64 or int8 where
+            they were saved so.
 
     Raises:
         ValueError: no model there, a damaged one, an unknown device or dtype.

@@ -34,7 +34,7 @@ class Config:
     """Sequences side by side."""
     device: str = "auto"
     """auto (cuda, then mps, then cpu), cpu, cuda, cuda:1, mps."""
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    dtype: Literal["auto", "float32", "bfloat16", "float16", "int8"] = "auto"
     """Of the weights; auto: as saved, float32 for a preset."""
     threads: int = 0
     """CPU threads; 0 for PyTorch's choice."""
@@ -58,7 +58,7 @@ def main(config: Config) -> None:
     import torch
 
     from pyllm.generate import find_model, pick_dtype
-    from pyllm.models import Transformer, choose_device, load_model, preset
+    from pyllm.models import Transformer, choose_device, load_model, preset, quantize_model
 
     if config.out is not None:
         require_writable_file("--out", config.out)
@@ -67,7 +67,9 @@ def main(config: Config) -> None:
     device, dtype = choose_device(config.device), pick_dtype(config.dtype)
     if config.preset:
         torch.manual_seed(0)
-        model = Transformer(preset(config.preset)).to(device=device, dtype=dtype).eval()
+        model = Transformer(preset(config.preset))
+        model = quantize_model(model) if dtype == torch.int8 else model.to(dtype=dtype)
+        model = model.to(device=device).eval()
         name = f"preset {config.preset}, random weights"
     else:
         folder = find_model(config.model)

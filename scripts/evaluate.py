@@ -35,7 +35,7 @@ class Config:
     """The column of .jsonl, .parquet and hub data that holds the text."""
     device: str = "auto"
     """auto (cuda, then mps, then cpu), cpu, cuda, cuda:1, mps."""
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    dtype: Literal["auto", "float32", "bfloat16", "float16", "int8"] = "auto"
     """Of the weights; auto: as saved."""
     threads: int = 0
     """CPU threads; 0 for PyTorch's choice."""
@@ -146,7 +146,10 @@ def read_documents(config: Config, folder: Path) -> tuple[str, list[str], Iterab
         texts = read_texts(config.data, text_column=config.text_column)
         return config.data, [config.data], texts
     run = folder.parent
-    if folder.name not in ("best", "last") or not (run / "config.json").is_file():
+    if (
+        folder.name.removesuffix("-int8") not in ("best", "last")
+        or not (run / "config.json").is_file()
+    ):
         return "embedded stories", [], write_stories(EMBEDDED_STORIES, 0, "valid")
     try:
         settings = read_run_config(run)

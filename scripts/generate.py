@@ -60,7 +60,7 @@ class Config(SamplingConfig):
     """Which MoE layer --show-experts looks at, from 0; negative counts from the last."""
     device: str = "auto"
     """auto (cuda, then mps, then cpu), cpu, cuda, cuda:1, mps."""
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    dtype: Literal["auto", "float32", "bfloat16", "float16", "int8"] = "auto"
     """Of the weights; auto: float32, or float64 where they were saved so."""
 
     def __post_init__(self) -> None:

@@ -10,6 +10,9 @@ namespace pyllm {
 // What a tensor is stored as. The bindings give the codes to Python (pyllm._cpu.DTYPES).
 enum class DType : int { float32, float64, bfloat16, float16 };
 
+struct Plan;
+struct Step;
+
 namespace baseline {
 #include "cpu/signatures.inc"
 }

@@ -18,7 +18,7 @@ namespace pyllm {
 // compiled without it. Two threads more than asked for, because nearly all tests ask for one; the
 // blocks are dealt out in turn, because a counter would leave a small loop to the first thread.
 void parallel_blocks(std::int64_t n_blocks, int n_threads, void (*body)(void*, std::int64_t),
-                     void* context) {
+                     void* context) noexcept {
   const std::int64_t step = std::min<std::int64_t>(n_threads + 2, n_blocks);
   const auto share = [=](std::int64_t first) {
     for (std::int64_t block = first; block < n_blocks; block += step) body(context, block);
@@ -115,7 +115,7 @@ void run_on_std_threads(Work& work, int n_threads) {
 }  // namespace
 
 void parallel_blocks(std::int64_t n_blocks, int n_threads, void (*body)(void*, std::int64_t),
-                     void* context) {
+                     void* context) noexcept {
   n_threads = static_cast<int>(std::min<std::int64_t>(n_threads, n_blocks));
   if (n_threads <= 1) {
     for (std::int64_t block = 0; block < n_blocks; ++block) body(context, block);

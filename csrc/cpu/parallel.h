@@ -12,7 +12,7 @@ namespace pyllm {
 // Calls body(context, block) once for each block in [0, n_blocks), on up to n_threads threads.
 // Which thread gets which block is not fixed: results must not depend on it.
 void parallel_blocks(std::int64_t n_blocks, int n_threads, void (*body)(void*, std::int64_t),
-                     void* context);
+                     void* context) noexcept;
 
 // "libgomp" style entry points found in torch ("openmp"), or "std::thread".
 const char* parallel_backend();

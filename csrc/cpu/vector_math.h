@@ -11,6 +11,7 @@
 #include "cpu/numeric.h"
 
 namespace pyllm::PYLLM_ISA {
+namespace {  // the linker must not merge the instruction sets' copies
 
 inline float exp_of(float x) {
   // Beyond these the result is inf or 0 whatever the digits; a NaN fails both comparisons and
@@ -44,4 +45,5 @@ inline W sigmoid_of(W x) {
   return W(1) / (W(1) + exp_of(-x));
 }
 
+}  // namespace
 }  // namespace pyllm::PYLLM_ISA

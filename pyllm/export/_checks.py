@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from pyllm.layers import MoE
-from pyllm.models import Transformer
+from pyllm.models import Int8Transformer, Transformer
 
 
 def check_free(place: Path) -> None:
@@ -19,12 +19,18 @@ def check_free(place: Path) -> None:
         raise ValueError(f"{place}: already there; remove it or name another place")
 
 
-def check_router_bias(model: Transformer) -> None:
-    """A bias of zeros changes no choice, any other does.
+def check_exportable(model: Transformer) -> None:
+    """Weights that other programs can hold, and a router that chooses as theirs do.
 
     Raises:
-        ValueError: the model has one that is not zero.
+        ValueError: the weights are int8, or the router has a bias that is not zero (one of zeros
+            changes no choice).
     """
+    if isinstance(model, Int8Transformer):
+        raise ValueError(
+            "the model's weights are int8, a form of pyllm's own; export the model that it was "
+            "made from (--to gguf --dtype q8_0 has 8 bits, too)"
+        )
     for layer, block in enumerate(model.blocks):
         bias = block.ffn.router_bias if isinstance(block.ffn, MoE) else None
         if bias is not None and bias.count_nonzero():

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from pyllm._durable import named_errors, sync
-from pyllm.export._checks import check_free, check_router_bias, narrowed
+from pyllm.export._checks import check_exportable, check_free, narrowed
 from pyllm.export.gguf_vocabulary import gguf_vocabulary
 from pyllm.export.text_settings import TextSettings, without_generation_marks
 from pyllm.layers.rope_scaling import rotation
@@ -61,6 +61,7 @@ def write_gguf(
     """
     path = Path(path)
     check_free(path)
+    check_exportable(model)
     package = _package()
     if dtype == "auto":
         dtype = str(model.embedding.weight.dtype).removeprefix("torch.")
@@ -117,7 +118,6 @@ def _package() -> Any:
 def _check_model(model: Transformer, dtype: str) -> None:
     config = model.config
     check_expressible(config)
-    check_router_bias(model)
     if config.window is not None and config.window < config.max_seq_len:
         raise ValueError(
             f"the model's window is {config.window}, and llama.cpp's llama architecture lets every "

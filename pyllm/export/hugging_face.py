@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyllm.export._checks import check_free, check_router_bias, narrowed
+from pyllm.export._checks import check_exportable, check_free, narrowed
 from pyllm.export.text_settings import TextSettings
 from pyllm.models import Transformer
 from pyllm.models.device import DTYPES
@@ -45,7 +45,7 @@ def write_hugging_face(
     folder = Path(folder)
     check_free(folder)
     settings = write_settings(model.config)
-    check_router_bias(model)
+    check_exportable(model)
     if dtype == "auto":
         wanted = model.embedding.weight.dtype
     elif dtype in DTYPES:

@@ -7,6 +7,7 @@ import torch
 from pyllm._checks import shown
 from pyllm.generate.config import SamplingConfig
 from pyllm.models import named_dtype
+from pyllm.models.device import INT8
 from pyllm.models.durable import check_manifest, read_json
 from pyllm.models.shards import holds_weights
 
@@ -94,9 +95,17 @@ def folder_settings(folder: Path) -> SamplingConfig:
 
 
 def pick_dtype(name: str = "auto") -> torch.dtype | None:
-    """``float32``, ``bfloat16``, ``float16``; ``auto`` is None: float32, or float64 where saved so.
+    """``float32``, ``bfloat16``, ``float16``, ``int8``; ``auto`` is None: float32, or float64 or
+    int8 where saved so.
 
     Raises:
         ValueError: unknown name.
     """
-    return None if name == "auto" else named_dtype(name)
+    if name == INT8:
+        return torch.int8
+    if name == "auto":
+        return None
+    try:
+        return named_dtype(name)
+    except ValueError as error:
+        raise ValueError(f"{error}; or {INT8}") from None

@@ -16,8 +16,14 @@ from pyllm.generate.config import SamplingConfig
 from pyllm.generate.decode import new_session, prompt_ids, stream_texts
 from pyllm.generate.find import DRAWING, find_model, folder_settings, pick_dtype
 from pyllm.generate.session import Session
-from pyllm.models import ModelConfig, Transformer, choose_device, load_model
-from pyllm.models.device import DTYPES
+from pyllm.models import (
+    ModelConfig,
+    Transformer,
+    choose_device,
+    count_parameters,
+    load_model,
+)
+from pyllm.models.device import DTYPES, INT8
 from pyllm.models.durable import read_json, readable_folder
 from pyllm.models.ends import read_stop_ids
 from pyllm.tokenizers import Tokenizer
@@ -77,7 +83,8 @@ class LanguageModel:
         """See :func:`pyllm.load`; without a path, the run under runs/ that was saved last."""
         folder = find_model(path)
         if isinstance(dtype, torch.dtype):
-            dtype = next((name for name, known in DTYPES.items() if known == dtype), str(dtype))
+            names = {**{known: name for name, known in DTYPES.items()}, torch.int8: INT8}
+            dtype = names.get(dtype, str(dtype))
         place = choose_device(str(device) if isinstance(device, torch.device) else device)
         number_format = pick_dtype(dtype)
         return cls(*load_model(folder, place, number_format), folder)
@@ -88,7 +95,7 @@ class LanguageModel:
         return self.model.config
 
     def __repr__(self) -> str:
-        parameters = sum(weight.numel() for weight in self.model.parameters())
+        parameters = count_parameters(self.config).total
         weight = self.model.embedding.weight
         kind = str(weight.dtype).removeprefix("torch.")
         return f"LanguageModel({self.folder}, {parameters:,} parameters, {kind}, {weight.device})"

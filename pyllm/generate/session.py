@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from operator import index
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from pyllm._checks import check_size, shown
 from pyllm.generate.config import SamplingConfig
+from pyllm.generate.native import NativeModel, native_model
 from pyllm.generate.sampling import sample_token
 from pyllm.layers import KVCache
 from pyllm.models import Transformer
@@ -145,6 +145,8 @@ class Session:
         checked = [checked_ids("prompt", self.model, prompt) for prompt in prompts]
         given, checked = checked, self._fitted(checked, config.max_new_tokens)
         self._left = {}
+        # Anew for each prompt: somebody may have moved or trained the weights since the last one.
+        self._native = native_model(self.model)
         shared = [self._shared(row, prompt) for row, prompt in enumerate(checked)]
         # A rolling cache cannot always go back, nor go on after an interrupted step.
         shared = self.cache.within_reach(shared)
@@ -261,7 +263,8 @@ class Session:
         device = self.model.embedding.weight.device
         ids_BT = torch.tensor(padded, device=device)
         real = counts if min(counts) < longest else None
-        return next_logits(self.model, ids_BT, self.cache, real)[:, : self.n_words]
+        logits_RV = next_logits(self.model, ids_BT, self.cache, real, self._native)
+        return logits_RV[:, : self.n_words]
 
     def _count(self, n_tokens: int, n_rows: int, seconds: float) -> None:
         timing = self.timing
@@ -283,7 +286,11 @@ def _common(one: list[int], other: list[int]) -> int:
 
 
 def next_logits(
-    model: Transformer, ids_BT: Tensor, cache: KVCache, counts: Sequence[int] | None = None
+    model: Transformer,
+    ids_BT: Tensor,
+    cache: KVCache,
+    counts: Sequence[int] | None = None,
+    native: NativeModel | None = None,
 ) -> Tensor:
     """Run T new tokens and return the logits (R, V) of what follows the last of them.
 
@@ -296,13 +303,16 @@ def next_logits(
         cache: appended to.
         counts: how many tokens of each row are real, the others being padding on the right; by
             default all.
+        native: of this model, to run there; then the logits are float32.
     """
+    if native is not None:
+        return native.next_logits(ids_BT, cache, counts)
     x_BTD, _ = model.hidden(ids_BT, cache, counts)
     if counts is None:
-        return F.linear(x_BTD[:, -1], model.output_weight)
+        return model.project(x_BTD[:, -1])
     rows = [row for row, count in enumerate(counts) if count]
     last = [counts[row] - 1 for row in rows]
-    return F.linear(x_BTD[rows, last], model.output_weight)
+    return model.project(x_BTD[rows, last])
 
 
 def checked_ids(name: str, model: Transformer, ids: Sequence[int]) -> list[int]:

@@ -14,6 +14,6 @@ class Float32Buffers(nn.Module):
         super()._apply(fn, recurse)
         for name, buffer in before.items():
             now = getattr(self, name)
-            if now.dtype != torch.float32:
+            if buffer.dtype == torch.float32 != now.dtype:
                 setattr(self, name, buffer.to(now.device))
         return self

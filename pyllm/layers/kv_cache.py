@@ -201,32 +201,7 @@ class KVCache:
                 f"{head_dim}), got {tuple(k_BTGK.shape)} and {tuple(v_BTGK.shape)}; make a cache "
                 "for this batch and this model"
             )
-        n_tokens = k_BTGK.shape[1]
-        if counts is None:
-            counts = [before + n_tokens] * batch
-        else:
-            counts = self._for_each("kv cache: counts", counts, [self.max_length] * batch)
-        here = [min(max(count - before, 0), n_tokens) for count in counts]
-        starts = [
-            length + min(before, count) for length, count in zip(self._lengths, counts, strict=True)
-        ]
-        ends = [start + count for start, count in zip(starts, here, strict=True)]
-        if max(ends) > self.max_length:
-            raise ValueError(
-                f"kv cache: {max(ends)} positions do not fit into {self.max_length}; "
-                "generate fewer tokens or make a larger cache"
-            )
-        if self.rolling:
-            # A step that ended in an exception may have written further than it advanced.
-            if before == 0 and self._reach(self._lengths, self._oldest[layer]) != self._lengths:
-                raise ValueError(
-                    "kv cache: a step that was not finished has written over what the next one "
-                    "looks back to; call truncate(within_reach(lengths)), and run the text again "
-                    "where that is 0"
-                )
-            ring = n_slots - self.sinks
-            pairs = zip(self._oldest[layer], ends, strict=True)
-            self._oldest[layer] = [max(oldest, end - ring) for oldest, end in pairs]
+        starts, here = self._claim([layer], k_BTGK.shape[1], counts, before)
         dtype, device = k_cache_BSGK.dtype, k_cache_BSGK.device
         starts_B, counts_B = torch.tensor([starts, here], dtype=torch.int32).to(device)
         kv_append(
@@ -240,6 +215,61 @@ class KVCache:
             rolling=self.rolling,
         )
         return starts_B, counts_B
+
+    def claim(
+        self, n_tokens: int, counts: Sequence[int] | None = None, before: int = 0
+    ) -> tuple[list[int], list[int]]:
+        """Where every layer is to write new positions, for a caller that writes them by itself.
+
+        What :meth:`append` does but for the writing; ``advance`` has to follow.
+
+        Args:
+            n_tokens: T.
+            counts, before: as :meth:`append` has them.
+
+        Returns:
+            The starts and counts of each sequence.
+
+        Raises:
+            ValueError: see :meth:`append`.
+        """
+        return self._claim(range(len(self._oldest)), n_tokens, counts, before)
+
+    @property
+    def store(self) -> Tensor:
+        """All keys and values, (layers, 2, B, S, G, K), contiguous."""
+        return self._store_L2BSGK
+
+    def _claim(
+        self, layers: Sequence[int], n_tokens: int, counts: Sequence[int] | None, before: int
+    ) -> tuple[list[int], list[int]]:
+        if counts is None:
+            counts = [before + n_tokens] * self.batch
+        else:
+            counts = self._for_each("kv cache: counts", counts, [self.max_length] * self.batch)
+        here = [min(max(count - before, 0), n_tokens) for count in counts]
+        starts = [
+            length + min(before, count) for length, count in zip(self._lengths, counts, strict=True)
+        ]
+        ends = [start + count for start, count in zip(starts, here, strict=True)]
+        if max(ends) > self.max_length:
+            raise ValueError(
+                f"kv cache: {max(ends)} positions do not fit into {self.max_length}; "
+                "generate fewer tokens or make a larger cache"
+            )
+        if self.rolling:
+            ring = self._store_L2BSGK.shape[3] - self.sinks
+            for layer in layers:
+                # A step that ended in an exception may have written further than it advanced.
+                if before == 0 and self._reach(self._lengths, self._oldest[layer]) != self._lengths:
+                    raise ValueError(
+                        "kv cache: a step that was not finished has written over what the next one "
+                        "looks back to; call truncate(within_reach(lengths)), and run the text "
+                        "again where that is 0"
+                    )
+                pairs = zip(self._oldest[layer], ends, strict=True)
+                self._oldest[layer] = [max(oldest, end - ring) for oldest, end in pairs]
+        return starts, here
 
     def advance(self, counts: Any) -> None:
         """Call once per step, after the last layer.

@@ -31,8 +31,12 @@ class MLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(..., D) to (..., D)."""
         check_input("MLP", x, self.width)
-        pre = self.in_proj(x)
-        if self.gated:
-            gate, up = pre.chunk(2, dim=-1)
-            return self.out_proj(F.silu(gate) * up)
-        return self.out_proj(F.gelu(pre, approximate="tanh"))
+        return self.out_proj(activate(self.in_proj(x), self.gated))
+
+
+def activate(pre: Tensor, gated: bool) -> Tensor:
+    """SwiGLU of gate columns and then up columns, or GELU in its tanh form."""
+    if gated:
+        gate, up = pre.chunk(2, dim=-1)
+        return F.silu(gate) * up
+    return F.gelu(pre, approximate="tanh")

@@ -11,7 +11,8 @@ if TYPE_CHECKING:
     from pyllm.models.config import PRESETS, ModelConfig, preset
     from pyllm.models.counting import FlopCount, ParameterCount, count_flops, count_parameters
     from pyllm.models.device import choose_device, named_dtype
-    from pyllm.models.folder import load_model, load_transformer, save_model
+    from pyllm.models.folder import load_model, load_transformer, quantize_folder, save_model
+    from pyllm.models.int8 import Int8Transformer, quantize_model
     from pyllm.models.transformer import Block, ModelOutput, Transformer
 
 _HOMES = {
@@ -26,7 +27,10 @@ _HOMES = {
     "named_dtype": "device",
     "load_model": "folder",
     "load_transformer": "folder",
+    "quantize_folder": "folder",
     "save_model": "folder",
+    "Int8Transformer": "int8",
+    "quantize_model": "int8",
     "Block": "transformer",
     "ModelOutput": "transformer",
     "Transformer": "transformer",
@@ -36,6 +40,7 @@ __all__ = [
     "PRESETS",
     "Block",
     "FlopCount",
+    "Int8Transformer",
     "ModelConfig",
     "ModelOutput",
     "ParameterCount",
@@ -47,6 +52,8 @@ __all__ = [
     "load_transformer",
     "named_dtype",
     "preset",
+    "quantize_folder",
+    "quantize_model",
     "save_model",
 ]
 

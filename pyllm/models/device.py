@@ -12,6 +12,9 @@ DTYPES = {
     "float16": torch.float16,
 }
 
+INT8 = "int8"
+"""The name of a model with int8 weights, whose activations and norms are float32."""
+
 
 def available_devices() -> list[str]:
     """What this machine has, the fastest first: ``cuda:0`` ..., ``mps``, ``cpu``."""

@@ -1,7 +1,8 @@
 """Saving and loading a model folder: weights, configuration, tokenizer. No pickle is ever read."""
 
 import json
-from collections.abc import Mapping
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -9,7 +10,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from pyllm._checks import shown
+from pyllm.layers.int8 import SCALE
 from pyllm.models.config import ModelConfig
+from pyllm.models.device import INT8
 from pyllm.models.durable import (
     check_manifest,
     open_tensors,
@@ -21,6 +25,7 @@ from pyllm.models.durable import (
 from pyllm.models.ends import read_stop_ids
 from pyllm.models.foreign_tokenizer import check_tokenizer_files
 from pyllm.models.hugging_face import read_settings
+from pyllm.models.int8 import Int8Transformer, fill_int8, quantize_model
 from pyllm.models.shards import (
     ADAPTER,
     WEIGHTS,
@@ -43,7 +48,13 @@ CHAT_TEMPLATE = (
 )
 """ChatML with generation marks: the loss mask of fine-tuning follows from the template."""
 
+QUANTIZATION = "quantization"
+"""Says in ``config.json`` that the weights are int8; not there for floats."""
+
 CHAT_TEMPLATE_FILE = "chat_template.jinja"
+
+TEXT_FILES = ("generation_config.json", "tokenizer_config.json", CHAT_TEMPLATE_FILE)
+"""What says how texts begin, end, are drawn and chatted, and may have been changed by hand."""
 
 SAMPLING = {"do_sample": True, "temperature": 0.8, "top_p": 0.95}
 
@@ -61,10 +72,10 @@ def write_model(folder: Path, model: Transformer, tokenizer: Tokenizer) -> None:
     }
     save_tensors(weights, folder / WEIGHTS, metadata={"format": "pt"})
     special = special_ids(tokenizer)
-    write_json(
-        folder / "config.json",
-        {"model_type": "pyllm", "tokenizer_hash": tokenizer.hash, **special} | asdict(model.config),
-    )
+    settings = {"model_type": "pyllm", "tokenizer_hash": tokenizer.hash, **special}
+    if isinstance(model, Int8Transformer):
+        settings[QUANTIZATION] = INT8
+    write_json(folder / "config.json", settings | asdict(model.config))
     tokenizer.save(folder / "tokenizer.json")
     write_tokenizer_settings(folder, tokenizer, model.config.max_seq_len)
     write_json(folder / "generation_config.json", SAMPLING | special)
@@ -135,6 +146,36 @@ def save_model(folder: str | Path, model: Transformer, tokenizer: Tokenizer) -> 
     write_folder(Path(folder), lambda temporary: write_model(temporary, model, tokenizer))
 
 
+def quantize_folder(source: str | Path, folder: str | Path) -> None:
+    """Write the model of one folder into another with int8 weights, prompted and stopped as it was.
+
+    Raises:
+        ValueError: as :func:`load_model`; weights that are int8 already, or a folder that pyllm did
+            not write: such a one is quantised when it is loaded.
+        OSError: the disk is full or the place cannot be written.
+    """
+    source = readable_folder(Path(source))
+    described = _describe(source)
+    if described.is_int8 or not described.is_ours:
+        reason = (
+            "its weights are int8 already"
+            if described.is_int8
+            else "pyllm did not write this folder; load it with dtype int8 (--dtype int8), which "
+            "quantises what it has read"
+        )
+        raise ValueError(f"{source}: {reason}")
+    model, tokenizer = load_model(source, dtype=torch.int8)
+    told = [name for name in TEXT_FILES if (source / name).is_file()]
+    check_manifest(source, told)
+
+    def fill(temporary: Path) -> None:
+        write_model(temporary, model, tokenizer)
+        for name in told:
+            shutil.copyfile(source / name, temporary / name)
+
+    write_folder(Path(folder), fill)
+
+
 class _Described(NamedTuple):
     """What ``config.json`` of a model folder says."""
 
@@ -143,6 +184,8 @@ class _Described(NamedTuple):
     """Did pyllm write it, and not Hugging Face's programs?"""
     tokenizer_hash: Any
     """Of the tokenizer that a model of ours was trained with."""
+    is_int8: bool
+    """Are the weights int8?"""
 
 
 def load_config(folder: str | Path) -> ModelConfig:
@@ -168,16 +211,19 @@ def _describe(folder: Path) -> _Described:
         config = _read_own(settings) if is_ours else read_settings(settings)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
-    return _Described(config, is_ours, settings.get("tokenizer_hash"))
+    is_int8 = is_ours and settings.get(QUANTIZATION) == INT8
+    return _Described(config, is_ours, settings.get("tokenizer_hash"), is_int8)
 
 
 def _read_own(settings: Mapping[str, Any]) -> ModelConfig:
     known = {field.name for field in fields(ModelConfig)}
-    beside = {"model_type", "tokenizer_hash", "eos_token_id", "bos_token_id"}
+    beside = {"model_type", "tokenizer_hash", "eos_token_id", "bos_token_id", QUANTIZATION}
     unknown = sorted(settings.keys() - known - beside)
     missing = sorted(known - settings.keys())
     if unknown or missing:
         raise ValueError(f"unknown settings {unknown}, missing settings {missing}")
+    if settings.get(QUANTIZATION, INT8) != INT8:
+        raise ValueError(f"{QUANTIZATION} must be {INT8}, got {shown(settings[QUANTIZATION])}")
     return ModelConfig(**{name: settings[name] for name in known})
 
 
@@ -194,7 +240,10 @@ def load_model(
             Llama, Mistral or Mixtral (``config.json``, safetensors in one file or several,
             ``tokenizer.json``).
         device: where to put it.
-        dtype: of the weights; by default as saved, but never narrower than float32.
+        dtype: of the weights; by default as saved, but never narrower than float32. ``torch.int8``
+            makes a :class:`pyllm.models.Int8Transformer`: of a folder of ours tensor by tensor,
+            while it is read, of a Hugging Face folder once the float model is there; a folder that
+            holds one is always loaded as such.
 
     Raises:
         ValueError: a file is missing, damaged, or does not belong to the others; a model or a
@@ -225,7 +274,7 @@ def load_transformer(
 
 
 def _load_tokenizer(folder: Path, described: _Described) -> Tokenizer:
-    config, is_ours, expected_hash = described
+    config, is_ours, expected_hash, _ = described
     check_manifest(folder, ["tokenizer.json"])
     if is_ours:
         tokenizer = Tokenizer.load(folder)
@@ -250,24 +299,52 @@ def _load_transformer(
     folder: Path, described: _Described, device: str | torch.device, dtype: torch.dtype | None
 ) -> Transformer:
     config = described.config
+    if described.is_int8 and dtype not in (None, torch.int8):
+        raise ValueError(
+            f"{folder}: its weights are int8, got dtype {dtype}; load it as it is, or the model it "
+            "was made from"
+        )
     if described.is_ours:
-        weights = folder / WEIGHTS
-        check_manifest(folder, [WEIGHTS])
-        _check_sizes(config, weights)
-        model = Transformer(config)
-        load_weights(model, weights)
+        model = _load_own(folder / WEIGHTS, config, described.is_int8, dtype)
     else:
         check_manifest(folder, weight_files(folder))
         with open_shards(folder) as shards:
             check_weights(shards, config)
             _outline(config, shards.path)
-            model = Transformer(config).to(dtype=dtype or shards.widest_dtype())
+            floats = shards.widest_dtype() if dtype in (None, torch.int8) else dtype
+            model = Transformer(config).to(dtype=floats)
             read_weights(shards, config, model.state_dict())
-    return model.to(device=device, dtype=dtype).eval()
+        if dtype == torch.int8:
+            model = quantize_model(model)
+    return model.to(device=device, dtype=None if dtype == torch.int8 else dtype).eval()
 
 
-def _check_sizes(config: ModelConfig, weights: Path) -> None:
-    """Refuse a configuration that is not of these weights before memory is taken for it."""
+def _load_own(
+    weights: Path, config: ModelConfig, is_int8: bool, dtype: torch.dtype | None
+) -> Transformer:
+    check_manifest(weights.parent, [WEIGHTS])
+    outline = _check_sizes(config, weights, is_int8)
+    if is_int8:
+        model: Transformer = Int8Transformer(config)
+        load_weights(model, weights)
+    elif dtype == torch.int8:
+        model = Int8Transformer(config)
+        try:
+            fill_int8(model, _each_tensor(weights, outline.state_dict()))
+        except ValueError as error:
+            raise ValueError(f"{weights}: {error}") from None
+    else:
+        model = Transformer(config)
+        load_weights(model, weights)
+    return model
+
+
+def _check_sizes(config: ModelConfig, weights: Path, is_int8: bool) -> Transformer:
+    """Refuse a configuration that is not of these weights before memory is taken for it.
+
+    Returns:
+        The model without numbers.
+    """
     with open_tensors(weights) as file:
         blocks = {name.split(".")[1] for name in file.keys() if name.startswith("blocks.")}  # noqa: SIM118
         if len(blocks) != config.n_layers:
@@ -275,15 +352,17 @@ def _check_sizes(config: ModelConfig, weights: Path) -> None:
                 f"{weights}: holds {len(blocks)} blocks, but n_layers in config.json is "
                 f"{config.n_layers}"
             )
-        _check_tensors(file, _outline(config, weights).state_dict(), weights)
+        outline = _outline(config, weights, is_int8)
+        _check_tensors(file, outline.state_dict(), weights)
+    return outline
 
 
-def _outline(config: ModelConfig, weights: Path) -> Transformer:
+def _outline(config: ModelConfig, weights: Path, is_int8: bool = False) -> Transformer:
     """The model without any numbers, and a refusal of one whose tables would be too large."""
     path = weights.with_name("config.json")
     try:
         with torch.device("meta"):
-            model = Transformer(config)
+            model = Int8Transformer(config, "meta") if is_int8 else Transformer(config)
     except (ValueError, RuntimeError, OverflowError, TypeError) as error:
         raise ValueError(f"{path}: {str(error).splitlines()[0]}") from None
     tables = sum(buffer.numel() for buffer in model.buffers())
@@ -304,11 +383,26 @@ def load_weights(model: Transformer, path: Path) -> None:
     state = model.state_dict()
     with open_tensors(path) as file:
         _check_tensors(file, state, path)
-        for name, target in state.items():
-            tensor = file.get_tensor(name)
-            if not tensor.is_floating_point():
-                raise ValueError(f"{path}: {name} must hold floats, got {tensor.dtype}")
-            target.copy_(tensor)
+    for name, tensor in _each_tensor(path, state):
+        target = state[name]
+        if tensor.is_floating_point() != target.is_floating_point() or (
+            tensor.dtype != target.dtype == torch.int8
+        ):
+            kind = "floats" if target.is_floating_point() else "int8"
+            raise ValueError(f"{path}: {name} must hold {kind}, got {tensor.dtype}")
+        target.copy_(tensor)
+        if name.endswith(SCALE) and not bool(target.isfinite().all()):
+            raise ValueError(f"{path}: {name} holds a number that is NaN or infinite")
+
+
+def _each_tensor(path: Path, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+    """Tensors of a file by name, one at a time in memory.
+
+    The file is opened for each: what was read of it would else stay mapped, and count, to the end.
+    """
+    for name in names:
+        with open_tensors(path) as file:
+            yield name, file.get_tensor(name)
 
 
 def _check_tensors(file: Any, state: Mapping[str, Tensor], path: Path) -> None:

@@ -104,6 +104,18 @@ class Transformer(nn.Module):
         self.config = config
         self.recompute = False
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
+        self._add_positions()
+        self.blocks = nn.ModuleList(
+            Block(config, layer, dispatcher) for layer in range(config.n_layers)
+        )
+        self.final_norm = NORMS[config.norm](config.d_model, config.norm_eps)
+        self.output: nn.Linear | None = None
+        if not config.tie_embeddings:
+            self.output = nn.Linear(config.d_model, config.vocab_size, bias=False)
+        self.initialise()
+
+    def _add_positions(self) -> None:
+        config = self.config
         self.rotary: RotaryTable | None = None
         self.positions: LearnedPositions | SinusoidalPositions | None = None
         if config.position == "rope":
@@ -119,14 +131,6 @@ class Transformer(nn.Module):
             self.positions = LearnedPositions(config.max_seq_len, config.d_model)
         else:
             self.positions = SinusoidalPositions(config.max_seq_len, config.d_model)
-        self.blocks = nn.ModuleList(
-            Block(config, layer, dispatcher) for layer in range(config.n_layers)
-        )
-        self.final_norm = NORMS[config.norm](config.d_model, config.norm_eps)
-        self.output: nn.Linear | None = None
-        if not config.tie_embeddings:
-            self.output = nn.Linear(config.d_model, config.vocab_size, bias=False)
-        self.initialise()
 
     @torch.no_grad()
     def initialise(self) -> None:
@@ -172,6 +176,26 @@ class Transformer(nn.Module):
         """(V, D)."""
         return self.embedding.weight if self.output is None else self.output.weight
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights and activations."""
+        return self.embedding.weight.dtype
+
+    def project(self, x: Tensor) -> Tensor:
+        """Hidden states (..., D) to logits (..., V)."""
+        return nn.functional.linear(x, self.output_weight)
+
+    def losses(self, x_ND: Tensor, targets_N: Tensor, reduction: str) -> Tensor:
+        """Cross-entropy in nats of hidden states (N, D) with the words that follow: a scalar, or
+        (N,) for ``none``. The logits are never whole in memory."""
+        return linear_cross_entropy(
+            x_ND,
+            self.output_weight,
+            targets_N,
+            ignore_index=IGNORE_INDEX,
+            reduction=reduction,
+        )
+
     def new_cache(
         self, batch: int = 1, max_length: int | None = None, rolling: bool | None = None
     ) -> KVCache:
@@ -196,7 +220,7 @@ class Transformer(nn.Module):
             window=config.window,
             sinks=config.attention_sinks,
             rolling=config.window is not None if rolling is None else rolling,
-            dtype=self.embedding.weight.dtype,
+            dtype=self.dtype,
             device=self.embedding.weight.device,
         )
 
@@ -290,15 +314,9 @@ class Transformer(nn.Module):
         x_BTD, statistics = self.hidden(input_ids_BT, cache)
         logits = loss = None
         if targets_BT is None:
-            logits = nn.functional.linear(x_BTD, self.output_weight)
+            logits = self.project(x_BTD)
         else:
-            loss = linear_cross_entropy(
-                x_BTD.flatten(0, 1),
-                self.output_weight,
-                targets_BT.flatten(),
-                ignore_index=IGNORE_INDEX,
-                reduction=reduction,
-            )
+            loss = self.losses(x_BTD.flatten(0, 1), targets_BT.flatten(), reduction)
             if reduction == "none":
                 loss = loss.view_as(targets_BT)
         if not statistics:

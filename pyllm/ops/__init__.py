@@ -9,6 +9,7 @@ then it is the best one for the device.
 from pyllm.ops._registry import available_faces
 from pyllm.ops.attention import attention
 from pyllm.ops.decode_attention import decode_attention
+from pyllm.ops.int8_linear import int8_linear, quantize_int8
 from pyllm.ops.kv_append import kv_append
 from pyllm.ops.linear_cross_entropy import linear_cross_entropy
 from pyllm.ops.moe_combine import moe_combine
@@ -24,11 +25,13 @@ __all__ = [
     "attention",
     "available_faces",
     "decode_attention",
+    "int8_linear",
     "kv_append",
     "linear_cross_entropy",
     "moe_combine",
     "moe_dispatch",
     "moe_ffn",
+    "quantize_int8",
     "rms_norm",
     "rope",
     "route_topk",

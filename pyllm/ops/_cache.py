@@ -53,18 +53,6 @@ def check_positions(
         require_positions(op, starts, counts, n_tokens, n_slots, rolling)
 
 
-def check_inference(op: str, **tensors: Tensor) -> None:
-    """No gradient is expected: it would stop here without a word."""
-    if not torch.is_grad_enabled():
-        return
-    wanting = [name for name, tensor in tensors.items() if tensor.requires_grad]
-    if wanting:
-        raise ValueError(
-            f"{op}: no gradient flows through a kv cache, got {', '.join(wanting)} that "
-            "require one; call it under torch.no_grad() or torch.inference_mode()"
-        )
-
-
 def check_written(op: str, written: dict[str, Tensor], read: dict[str, Tensor]) -> None:
     """What is written to is contiguous, and shares no memory with anything else."""
     for name, tensor in written.items():

@@ -21,7 +21,7 @@ MAY_BE_EMPTY = ("N", "B", "T", "S")
 def check_floating(op: str, **tensors: Tensor) -> None:
     """Every tensor is dense, in one of the four dtypes that every face knows."""
     for name, tensor in tensors.items():
-        _check_dense(op, name, tensor)
+        check_dense(op, name, tensor)
         if tensor.dtype not in FLOATING_DTYPES:
             raise ValueError(
                 f"{op}: {name} must be floating point (float32, float64, bfloat16 or float16), "
@@ -32,12 +32,13 @@ def check_floating(op: str, **tensors: Tensor) -> None:
 def check_integer(op: str, **tensors: Tensor) -> None:
     """Every tensor is dense, int32 or int64."""
     for name, tensor in tensors.items():
-        _check_dense(op, name, tensor)
+        check_dense(op, name, tensor)
         if tensor.dtype not in INDEX_DTYPES:
             raise ValueError(f"{op}: {name} must be int32 or int64, got {tensor.dtype}")
 
 
-def _check_dense(op: str, name: str, tensor: Any) -> None:
+def check_dense(op: str, name: str, tensor: Any) -> None:
+    """A tensor with a stride for each dimension: neither sparse nor nested."""
     if not isinstance(tensor, Tensor):
         raise ValueError(f"{op}: {name} must be a tensor, got {shown(tensor)}")
     if tensor.layout != torch.strided or tensor.is_nested:
@@ -151,4 +152,16 @@ def check_permutation(op: str, name: str, indices: Tensor) -> None:
         raise ValueError(
             f"{op}: {name} must be a permutation, got {int(counts.argmax())} "
             f"{int(counts.max())} times"
+        )
+
+
+def check_inference(op: str, why: str, **tensors: Tensor) -> None:
+    """No gradient is expected: it would stop here without a word."""
+    if not torch.is_grad_enabled():
+        return
+    wanting = [name for name, tensor in tensors.items() if tensor.requires_grad]
+    if wanting:
+        raise ValueError(
+            f"{op}: {why}, got {', '.join(wanting)} that require one; call it under "
+            "torch.no_grad() or torch.inference_mode()"
         )

@@ -5,9 +5,10 @@ import math
 import torch
 from torch import Tensor
 
-from pyllm.ops._cache import check_cache, check_inference, check_positions
+from pyllm.ops._cache import check_cache, check_positions
 from pyllm.ops._checks import (
     check_floating,
+    check_inference,
     check_real,
     check_same_device,
     check_same_dtype,
@@ -63,7 +64,7 @@ def decode_attention(
     n_queries, n_heads = q.shape[1], q.shape[2]
     tensors = {"q": q, "k_cache": k_cache, "v_cache": v_cache}
     check_same_device("decode_attention", **tensors, starts=starts, counts=counts)
-    check_inference("decode_attention", **tensors)
+    check_inference("decode_attention", "no gradient flows through a kv cache", **tensors)
     if n_heads % n_kv_heads:
         raise ValueError(
             f"decode_attention: the {n_heads} query heads must be a multiple of the kv heads, "

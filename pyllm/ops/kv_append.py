@@ -3,8 +3,14 @@
 import torch
 from torch import Tensor
 
-from pyllm.ops._cache import check_cache, check_inference, check_positions, check_written
-from pyllm.ops._checks import check_floating, check_same_device, check_same_dtype, check_shape
+from pyllm.ops._cache import check_cache, check_positions, check_written
+from pyllm.ops._checks import (
+    check_floating,
+    check_inference,
+    check_same_device,
+    check_same_dtype,
+    check_shape,
+)
 from pyllm.ops._registry import autocast_dtype, choose_face, register_inference
 
 
@@ -49,7 +55,7 @@ def kv_append(
     check_shape("kv_append", "v", v, tuple(k.shape))
     tensors = {"k_cache": k_cache, "v_cache": v_cache, "k": k, "v": v}
     check_same_device("kv_append", **tensors, starts=starts, counts=counts)
-    check_inference("kv_append", **tensors)
+    check_inference("kv_append", "no gradient flows through a kv cache", **tensors)
     if autocast_dtype(k.device.type) is not None:
         k, v = k.to(k_cache.dtype), v.to(v_cache.dtype)
     check_same_dtype("kv_append", k_cache=k_cache, v_cache=v_cache, k=k, v=v)

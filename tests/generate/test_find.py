@@ -63,8 +63,9 @@ def test_no_model_is_a_value_error_with_the_remedy(tmp_path):
 
 def test_dtypes_by_name():
     assert pick_dtype("bfloat16") is torch.bfloat16 and pick_dtype() is None
-    with pytest.raises(ValueError, match="dtype must be one of float32, .*, got 'int8'"):
-        pick_dtype("int8")
+    assert pick_dtype("int8") is torch.int8
+    with pytest.raises(ValueError, match="dtype must be one of float32, .*, got 'int4'; or int8"):
+        pick_dtype("int4")
 
 
 def test_timing_counts_every_step_of_every_sequence():

@@ -52,9 +52,9 @@ class Spy:
         """Rows whose logits the model gave."""
         inner = session.next_logits
 
-        def spied(model: Any, ids_BT: Any, cache: Any, counts: Any = None) -> Any:
+        def spied(model: Any, ids_BT: Any, cache: Any, counts: Any, native: Any) -> Any:
             self.runs.append([ids_BT.shape[1]] * ids_BT.shape[0] if counts is None else counts)
-            logits_RV = inner(model, ids_BT, cache, counts)
+            logits_RV = inner(model, ids_BT, cache, counts, native)
             self.projected.append(len(logits_RV))
             return logits_RV
 

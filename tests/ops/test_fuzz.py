@@ -125,9 +125,11 @@ def _another_shape(draw: st.DrawFn, tensor: Tensor) -> Tensor:
 def _another_value(draw: st.DrawFn, tensor: Tensor) -> Tensor:
     result = tensor.clone()
     if result.numel():
-        values = VALUES if result.dtype.is_floating_point else INDICES
         at = draw(st.integers(0, result.numel() - 1))
-        result.view(-1)[at] = draw(st.sampled_from(values))
+        value = draw(st.sampled_from(VALUES if result.dtype.is_floating_point else INDICES))
+        if result.dtype == torch.int8:
+            value = max(-128, min(value, 127))
+        result.view(-1)[at] = value
     return result
 
 

@@ -98,7 +98,7 @@ VALUES = [
         ["--train.optimizer", "adam"],
         "'adam' for argument '--train.optimizer'. Expected",
     ),
-    ("benchmark", ["--dtype", "fp16"], "one of ('auto', 'float32', 'bfloat16', 'float16'); --help"),
+    ("benchmark", ["--dtype", "fp16"], "'float16', 'int8'); --help"),
     ("download_data", ["tinystory"], "'tinystory' for argument 'name'. Expected one of ('tinystor"),
     ("benchmarks/ops", ["--op", "moe_fnn"], "invalid choice 'moe_fnn' for argument '--op'. Expect"),
     ("benchmarks/ops", ["--op", "--cold"], "--op and --dtype need at least one value each"),

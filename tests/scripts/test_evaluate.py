@@ -14,7 +14,7 @@ from pyllm import viz
 from pyllm.data import write_stories
 from pyllm.evaluate import bits_per_byte, score_text
 from pyllm.export import TextSettings, write_hugging_face
-from pyllm.models import load_model
+from pyllm.models import load_model, quantize_folder
 from pyllm.train import DataConfig, RunConfig, prepare
 from pyllm.train.run_folder import write_run_config
 
@@ -157,6 +157,9 @@ def test_a_run_is_scored_on_its_own_validation_text(
     assert report["documents"] == len(expected) in (2, 3)
     assert report["loss"] == pytest.approx(score_text(*load_model(fox), expected).loss, rel=1e-6)
     wanted = data.valid or f"{data.data}, the part held out from training"
+    assert report["data"] == wanted
+    quantize_folder(tmp_path / "run" / "best", tmp_path / "run" / "best-int8")
+    _, report = evaluate(tmp_path / "run" / "best-int8", data="")
     assert report["data"] == wanted
     for name in filter(None, ("train.txt", valid)):
         line = refusal("evaluate", "--model", tmp_path / "run", "--out", name)

@@ -21,12 +21,12 @@ from .conftest import load_script, one_error
 
 SCRIPTS = (
     *("train_moe", "generate", "benchmark", "train_tokenizer", "download_data", "doctor", "check"),
-    *("evaluate", "export"),
+    *("evaluate", "export", "quantize"),
     *(
         f"benchmarks/{name}"
         for name in ("ops", "balance", "stories", "tokenizer", "gpu", "readme", "llama_cpp_equal")
     ),
-    *("benchmarks/moe_vs_dense", "benchmarks/scaling"),
+    *("benchmarks/moe_vs_dense", "benchmarks/scaling", "benchmarks/decode", "benchmarks/memory"),
 )
 PRESETS = ("moe-tiny", "moe-158m", "dense-21m")
 Place = tuple[str, ...]

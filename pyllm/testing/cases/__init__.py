@@ -2,6 +2,7 @@
 
 from pyllm.testing.cases.attention import ATTENTION
 from pyllm.testing.cases.decode_attention import DECODE_ATTENTION
+from pyllm.testing.cases.int8_linear import INT8_LINEAR
 from pyllm.testing.cases.kv_append import KV_APPEND
 from pyllm.testing.cases.linear_cross_entropy import LINEAR_CROSS_ENTROPY
 from pyllm.testing.cases.moe_combine import MOE_COMBINE
@@ -25,6 +26,7 @@ OPERATIONS: dict[str, Operation] = {
         DECODE_ATTENTION,
         ROPE,
         LINEAR_CROSS_ENTROPY,
+        INT8_LINEAR,
     )
 }
 

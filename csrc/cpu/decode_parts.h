@@ -1,0 +1,249 @@
+// The parts of a decode step that know nothing of its threads and its workspace.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+#include "cpu/decode_plan.h"
+#include "cpu/float_dot.h"
+#include "cpu/int8_dot.h"
+#include "cpu/numeric.h"
+#include "cpu/panel.h"
+
+namespace pyllm::PYLLM_ISA {
+namespace {  // the linker must not merge the instruction sets' copies
+
+constexpr int kFeatures = 4;
+static_assert(kFeatures == kDotFeatures && kFeatures == kInt8Features, "");
+// A loop over weights is cut into a few blocks for each thread, of so many bytes: the first lines
+// of a block are waited for, and a block that is too large leaves the other threads waiting. How it
+// is cut changes no bit: every number is computed from one row of weights.
+constexpr std::int64_t kBlocksPerThread = 2, kLeastBytes = 8 * 1024, kMostBytes = 256 * 1024;
+
+// How weights of a type are multiplied: what a row of activations has to look like, and the tile.
+template <class Weight>
+struct Products {  // float, bfloat16: a row is float, as it is
+  using Row = float;
+  static constexpr int kTokens = kDotTokens;
+  static std::int64_t row_size(std::int64_t width) { return width; }
+  static void prepare(const float* x, std::int64_t width, float* row) {
+    std::memcpy(row, x, width * sizeof(float));
+  }
+  static void run(int tokens, const float* const* x, const Weight* const* w, std::int64_t width,
+                  float (*sums)[kFeatures]) {
+    float_dots(tokens, x, w, width, sums);
+  }
+};
+
+template <>
+struct Products<std::int8_t> {  // a row is prepared
+  using Row = char;
+  static constexpr int kTokens = kInt8Tokens;
+  static std::int64_t row_size(std::int64_t width) { return int8_row_bytes(width); }
+  static void prepare(const float* x, std::int64_t width, char* row) {
+    prepare_int8_row(x, width, row);
+  }
+  static void run(int tokens, const char* const* x, const std::int8_t* const* w, std::int64_t width,
+                  float (*sums)[kFeatures]) {
+    std::int32_t whole[kTokens][kFeatures];
+    int8_dots(tokens, x, w, width, whole);
+    for (int t = 0; t < tokens; ++t) {
+      const float scale = header_of(x[t]).scale;
+      for (int f = 0; f < kFeatures; ++f) sums[t][f] = scale * static_cast<float>(whole[t][f]);
+    }
+  }
+};
+
+template <class Weight>
+inline const Weight* weights_of(const Matrix& matrix) {
+  return static_cast<const Weight*>(matrix.weight);
+}
+
+template <class Weight>
+inline float scale_of(const Matrix& matrix, std::int64_t row) {
+  return std::is_same_v<Weight, std::int8_t> ? matrix.scale[row] : 1.0f;
+}
+
+// Calls put(token, first feature, sums, how many) until all features of all tokens have been given:
+// the products of weights(feature) with rows(token), not yet scaled by the features' scales.
+template <class Weight, class Weights, class Rows, class Put>
+inline void multiply_rows(std::int64_t n_features, const Weights& weights, std::int64_t n_tokens,
+                          const Rows& rows, std::int64_t width, const Put& put) {
+  using P = Products<Weight>;
+  using Row = typename P::Row;
+  if (n_tokens >= kPanelLeast) {
+    char* const memory = new char[panel_bytes(width * static_cast<std::int64_t>(sizeof(Weight)))];
+    char* const panel = memory + (64 - reinterpret_cast<std::uintptr_t>(memory) % 64) % 64;
+    for (std::int64_t f = 0; f < n_features; f += kPanelFeatures) {
+      const std::int64_t n = std::min<std::int64_t>(kPanelFeatures, n_features - f);
+      const Weight* w[kPanelFeatures];  // the last one again where there are fewer
+      for (std::int64_t k = 0; k < kPanelFeatures; ++k) w[k] = weights(f + std::min(k, n - 1));
+      fill_panel(w, width, panel);
+      for (std::int64_t t = 0; t < n_tokens;) {
+        const std::int64_t left = std::min<std::int64_t>(kPanelTokens, n_tokens - t);
+        const Row* x[kPanelTokens];
+        for (std::int64_t i = 0; i < left; ++i) x[i] = rows(t + i);
+        float sums[kPanelTokens][kPanelFeatures];
+        const int m = multiply_panel(left, x, w[0], panel, width, sums);
+        for (int i = 0; i < m; ++i) put(t + i, f, sums[i], n);
+        t += m;
+      }
+    }
+    delete[] memory;
+    return;
+  }
+  for (std::int64_t f = 0; f < n_features; f += kFeatures) {
+    const std::int64_t n = std::min<std::int64_t>(kFeatures, n_features - f);
+    const Weight* w[kFeatures];
+    for (std::int64_t k = 0; k < kFeatures; ++k) w[k] = weights(f + std::min(k, n - 1));
+    for (std::int64_t t = 0; t < n_tokens; t += P::kTokens) {
+      const int m = static_cast<int>(std::min<std::int64_t>(P::kTokens, n_tokens - t));
+      const Row* x[P::kTokens];
+      for (int i = 0; i < m; ++i) x[i] = rows(t + i);
+      float sums[P::kTokens][kFeatures];
+      P::run(m, x, w, width, sums);
+      for (int i = 0; i < m; ++i) put(t + i, f, sums[i], n);
+    }
+  }
+}
+
+// A token: its sequence, its place in that and in the model's context.
+struct Token {
+  std::int64_t b, position, id;
+};
+
+// Rows that go through one network: the choices of one expert, or all tokens.
+struct Task {
+  const Networks* networks;
+  std::int64_t which, first, n;  // of networks; rows of slots
+  std::int64_t block;            // its first one of the loop over hidden features
+};
+
+// A row of a task: a token, and where its hidden numbers are and how many.
+struct Slot {
+  std::int64_t token, hidden, width;
+  float weight;
+};
+
+// Hands out parts of the workspace; first without one, to measure it.
+struct Allocator {
+  char* base;
+  std::int64_t used = 0;
+
+  template <class T>
+  T* take(std::int64_t n) {
+    T* at = base == nullptr ? nullptr : reinterpret_cast<T*>(base + used);
+    used += (n * static_cast<std::int64_t>(sizeof(T)) + 63) / 64 * 64;
+    return at;
+  }
+};
+
+inline float number(float value) { return value; }
+inline float number(BFloat16 value) { return widen(value); }
+inline float number(std::int8_t value) { return static_cast<float>(value); }
+
+// A row of the embeddings, and the position where it is added (or null).
+template <class Weight>
+inline void embed_token(const Weight* __restrict row, float scale, const float* __restrict position,
+                        std::int64_t width, float* __restrict x) {
+#pragma omp simd
+  for (std::int64_t i = 0; i < width; ++i) x[i] = scale * number(row[i]);
+  if (position == nullptr) return;
+#pragma omp simd
+  for (std::int64_t i = 0; i < width; ++i) x[i] += position[i];
+}
+
+// RMSNorm or LayerNorm of one row.
+inline void normalise(const Plan& plan, const float* __restrict x, const float* __restrict weight,
+                      const float* __restrict bias, float* __restrict y) {
+  const std::int64_t width = plan.width;
+  float mean = 0;
+  if (plan.layer_norm) {
+    mean = sum_of<float>(width, [=](std::int64_t i) { return x[i]; }) / static_cast<float>(width);
+  }
+  const float square = sum_of<float>(width, [=](std::int64_t i) {
+    const float value = x[i] - mean;
+    return value * value;
+  });
+  const float scale =
+      1.0f / std::sqrt(square / static_cast<float>(width) + static_cast<float>(plan.eps));
+#pragma omp simd
+  for (std::int64_t i = 0; i < width; ++i) y[i] = (x[i] - mean) * scale * weight[i];
+  if (bias == nullptr) return;
+#pragma omp simd
+  for (std::int64_t i = 0; i < width; ++i) y[i] += bias[i];
+}
+
+// The experts of a token and their weights: pyllm/reference/route_topk.py. scores: scratch, two for
+// each expert.
+inline void choose_experts(const Plan& plan, const PlanLayer& layer, const float* x, float* scores,
+                           std::int64_t* chosen, float* weights) {
+  const std::int64_t n_experts = layer.experts.count, top_k = plan.top_k;
+  const std::int64_t width = plan.width;
+  float* const logits = scores + n_experts;
+  for (std::int64_t e = 0; e < n_experts; e += kFeatures) {
+    const std::int64_t n_here = std::min<std::int64_t>(kFeatures, n_experts - e);
+    const float* w[kFeatures];
+    for (int k = 0; k < kFeatures; ++k) {
+      w[k] = layer.router + (e + std::min<std::int64_t>(k, n_here - 1)) * width;
+    }
+    float sums[1][kFeatures];
+    float_dots<1>(&x, w, width, sums);
+    for (std::int64_t k = 0; k < n_here; ++k) scores[e + k] = logits[e + k] = sums[0][k];
+  }
+  if (layer.router_bias != nullptr) {  // it is added to the probabilities
+    const float largest = *std::max_element(logits, logits + n_experts);
+    float total = 0;
+    for (std::int64_t e = 0; e < n_experts; ++e) {
+      scores[e] = std::exp(logits[e] - largest);
+      total += scores[e];
+    }
+    for (std::int64_t e = 0; e < n_experts; ++e) {
+      scores[e] = scores[e] / total + layer.router_bias[e];
+    }
+  }
+  float largest = -INFINITY, total = 0;
+  for (std::int64_t a = 0; a < top_k; ++a) {
+    std::int64_t best = -1;
+    for (std::int64_t e = 0; e < n_experts; ++e) {
+      if (std::find(chosen, chosen + a, e) != chosen + a) continue;
+      if (best < 0 || scores[e] > scores[best]) best = e;
+    }
+    chosen[a] = best;
+    largest = logits[best] > largest ? logits[best] : largest;
+  }
+  // Of the chosen logits, also where a bias chose experts whose probability underflows to 0.
+  for (std::int64_t a = 0; a < top_k; ++a) {
+    weights[a] = std::exp(logits[chosen[a]] - largest);
+    total += weights[a];
+  }
+  for (std::int64_t a = 0; a < top_k; ++a) weights[a] /= total;
+}
+
+// Turns the first `heads` heads of a row by its position: pyllm/reference/rope.py.
+inline void turn_heads(float* heads_of_row, const float* __restrict cos,
+                       const float* __restrict sin, std::int64_t heads, std::int64_t half) {
+  for (std::int64_t head = 0; head < heads; ++head) {
+    float* __restrict first = heads_of_row + head * 2 * half;
+    float* __restrict second = first + half;
+#pragma omp simd
+    for (std::int64_t i = 0; i < half; ++i) {
+      const float a = first[i], b = second[i];
+      first[i] = a * cos[i] - b * sin[i];
+      second[i] = a * sin[i] + b * cos[i];
+    }
+  }
+}
+
+// The number of rows of weights in a block of a loop, a multiple of a tile's.
+inline std::int64_t rows_per_block(std::int64_t rows, std::int64_t row_bytes, int n_threads) {
+  const std::int64_t share = rows * row_bytes / (kBlocksPerThread * n_threads);
+  const std::int64_t block = std::clamp(share, kLeastBytes, kMostBytes) / row_bytes;
+  return std::max<std::int64_t>(1, (block + kFeatures - 1) / kFeatures) * kFeatures;
+}
+
+}  // namespace
+}  // namespace pyllm::PYLLM_ISA

@@ -1,0 +1,216 @@
+// Products of many tokens with weights: 32 rows of weights are copied into a panel, turned so that
+// a vector holds the same four bytes of 16 rows. A token's four bytes are then multiplied with all
+// rows at once, the sums of 12 tokens stay in registers, and nothing has to be added across a
+// vector. The copy costs as much as about five tokens.
+//
+// Four bytes are a float, two bfloat16, or four int8 (see int8_dot.h for their form).
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "cpu/int8_dot.h"
+#include "cpu/numeric.h"
+
+namespace pyllm::PYLLM_ISA {
+namespace {  // the linker must not merge the instruction sets' copies
+
+constexpr int kPanelFeatures = 32, kPanelTokens = 12;
+// From so many tokens on; not without AVX-512, whose 32 registers it needs.
+#if defined(__AVX512VNNI__)
+constexpr std::int64_t kPanelLeast = 16;
+#else
+constexpr std::int64_t kPanelLeast = INT64_MAX;
+#endif
+
+// Bytes of a panel, and what it may begin with so that it is aligned.
+inline std::int64_t panel_bytes(std::int64_t row_bytes) {
+  return (row_bytes + 63) / 64 * 64 * kPanelFeatures + 64;
+}
+
+#if defined(__AVX512VNNI__)
+
+// Turns 16 rows of 16 numbers of 32 bits.
+inline void transpose(__m512i (&r)[16]) {
+  __m512i t[16];
+  for (int i = 0; i < 16; i += 2) {
+    t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
+    t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
+  }
+  for (int i = 0; i < 16; i += 4) {
+    r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
+    r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
+    r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
+    r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
+  }
+  for (int i = 0; i < 4; ++i) {
+    t[i] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0x88);
+    t[i + 4] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0xdd);
+    t[i + 8] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0x88);
+    t[i + 12] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0xdd);
+  }
+  for (int i = 0; i < 4; ++i) {
+    r[i] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88);
+    r[i + 4] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0x88);
+    r[i + 8] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd);
+    r[i + 12] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0xdd);
+  }
+}
+
+// panel: [four bytes of a row][row], zeros behind the end of the rows.
+template <class Weight>
+inline void fill_panel(const Weight* const* rows, std::int64_t width, char* panel) {
+  const std::int64_t row_bytes = width * static_cast<std::int64_t>(sizeof(Weight));
+  const __m512i flip = _mm512_set1_epi8(sizeof(Weight) == 1 ? static_cast<char>(0x80) : 0);
+  for (std::int64_t at = 0; at < row_bytes; at += 64) {
+    const std::int64_t left = row_bytes - at;
+    const __mmask64 mask = left >= 64 ? ~__mmask64{0} : (__mmask64{1} << left) - 1;
+    for (int half = 0; half < 2; ++half) {
+      __m512i r[16];
+      for (int i = 0; i < 16; ++i) {
+        const char* from = reinterpret_cast<const char*>(rows[half * 16 + i]) + at;
+        r[i] = _mm512_xor_si512(_mm512_maskz_loadu_epi8(mask, from), flip);
+      }
+      transpose(r);
+      for (int i = 0; i < 16; ++i) {
+        _mm512_store_si512(panel + ((at / 4 + i) * 2 + half) * 64, r[i]);
+      }
+    }
+  }
+}
+
+inline __m512 scaled(__m512i sum, const Int8Header& header) {
+  return _mm512_mul_ps(
+      _mm512_cvtepi32_ps(_mm512_sub_epi32(sum, _mm512_set1_epi32(header.correction))),
+      _mm512_set1_ps(header.scale));
+}
+
+// sums[t][f] for prepared rows x. Not inlined: in some callers GCC 12 keeps the sums on the stack.
+template <int tokens>
+__attribute__((noinline)) void panel_products(const char* const* x, const std::int8_t*,
+                                              const char* panel, std::int64_t width,
+                                              float (*sums)[kPanelFeatures]) {
+  __m512i acc[tokens][2];
+#pragma GCC unroll 12
+  for (int t = 0; t < tokens; ++t) acc[t][0] = acc[t][1] = _mm512_setzero_si512();
+  const std::int64_t steps = (width + 3) / 4;
+  for (std::int64_t k = 0; k < steps; ++k) {
+    const __m512i first = _mm512_load_si512(panel + k * 128);
+    const __m512i second = _mm512_load_si512(panel + k * 128 + 64);
+#pragma GCC unroll 12
+    for (int t = 0; t < tokens; ++t) {
+      std::int32_t four;
+      std::memcpy(&four, numbers_of(x[t]) + 4 * k, sizeof four);
+      const __m512i x_t = _mm512_set1_epi32(four);
+      add_fours(acc[t][0], first, x_t);
+      add_fours(acc[t][1], second, x_t);
+    }
+  }
+#pragma GCC unroll 12
+  for (int t = 0; t < tokens; ++t) {
+    const Int8Header& header = header_of(x[t]);
+    _mm512_storeu_ps(sums[t], scaled(acc[t][0], header));
+    _mm512_storeu_ps(sums[t] + 16, scaled(acc[t][1], header));
+  }
+}
+
+// Adds the products of steps [begin, end), four bytes of weights each.
+template <int tokens>
+inline void add_steps(const float* const* x, const float*, const char* panel, std::int64_t begin,
+                      std::int64_t end, __m512 (&acc)[tokens][2]) {
+  for (std::int64_t k = begin; k < end; ++k) {
+    const __m512 first = _mm512_load_ps(panel + k * 128);
+    const __m512 second = _mm512_load_ps(panel + k * 128 + 64);
+#pragma GCC unroll 12
+    for (int t = 0; t < tokens; ++t) {
+      const __m512 x_t = _mm512_set1_ps(x[t][k]);
+      acc[t][0] = _mm512_fmadd_ps(first, x_t, acc[t][0]);
+      acc[t][1] = _mm512_fmadd_ps(second, x_t, acc[t][1]);
+    }
+  }
+}
+
+template <int tokens>
+inline void add_steps(const float* const* x, const BFloat16*, const char* panel, std::int64_t begin,
+                      std::int64_t end, __m512 (&acc)[tokens][2]) {
+  const __m512i upper = _mm512_set1_epi32(static_cast<int>(0xffff0000u));
+  for (std::int64_t k = begin; k < end; ++k) {
+    const __m512i pairs[2] = {_mm512_load_si512(panel + k * 128),
+                              _mm512_load_si512(panel + k * 128 + 64)};
+    const __m512 even[2] = {_mm512_castsi512_ps(_mm512_slli_epi32(pairs[0], 16)),
+                            _mm512_castsi512_ps(_mm512_slli_epi32(pairs[1], 16))};
+    const __m512 odd[2] = {_mm512_castsi512_ps(_mm512_and_si512(pairs[0], upper)),
+                           _mm512_castsi512_ps(_mm512_and_si512(pairs[1], upper))};
+#pragma GCC unroll 12
+    for (int t = 0; t < tokens; ++t) {
+      const __m512 x_even = _mm512_set1_ps(x[t][2 * k]), x_odd = _mm512_set1_ps(x[t][2 * k + 1]);
+#pragma GCC unroll 2
+      for (int v = 0; v < 2; ++v) {
+        acc[t][v] = _mm512_fmadd_ps(even[v], x_even, acc[t][v]);
+        acc[t][v] = _mm512_fmadd_ps(odd[v], x_odd, acc[t][v]);
+      }
+    }
+  }
+}
+
+// sums[t][f] for float rows x. One long sum of floats loses digits: it is taken in parts.
+template <int tokens, class Weight>
+__attribute__((noinline)) void panel_products(const float* const* x, const Weight* kind,
+                                              const char* panel, std::int64_t width,
+                                              float (*sums)[kPanelFeatures]) {
+  constexpr std::int64_t kPerStep = 4 / sizeof(Weight), kSteps = 128;
+  const std::int64_t steps = width / kPerStep;
+  for (std::int64_t begin = 0; begin < steps || begin == 0; begin += kSteps) {
+    __m512 acc[tokens][2];
+#pragma GCC unroll 12
+    for (int t = 0; t < tokens; ++t) acc[t][0] = acc[t][1] = _mm512_setzero_ps();
+    const std::int64_t end = begin + kSteps < steps ? begin + kSteps : steps;
+    add_steps<tokens>(x, kind, panel, begin, end, acc);
+    if (kPerStep == 2 && end == steps && width % 2 == 1) {  // the last one of a pair
+#pragma GCC unroll 2
+      for (int v = 0; v < 2; ++v) {
+        const __m512i pairs = _mm512_load_si512(panel + steps * 128 + v * 64);
+        const __m512 even = _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16));
+#pragma GCC unroll 12
+        for (int t = 0; t < tokens; ++t) {
+          acc[t][v] = _mm512_fmadd_ps(even, _mm512_set1_ps(x[t][2 * steps]), acc[t][v]);
+        }
+      }
+    }
+#pragma GCC unroll 12
+    for (int t = 0; t < tokens; ++t) {
+#pragma GCC unroll 2
+      for (int v = 0; v < 2; ++v) {
+        float* to = sums[t] + 16 * v;
+        _mm512_storeu_ps(to,
+                         begin == 0 ? acc[t][v] : _mm512_add_ps(_mm512_loadu_ps(to), acc[t][v]));
+      }
+    }
+  }
+}
+
+// As many tokens as one call takes of so many that are left; `kind` says what the weights are.
+template <class Row, class Weight>
+inline int multiply_panel(std::int64_t left, const Row* const* x, const Weight* kind,
+                          const char* panel, std::int64_t width, float (*sums)[kPanelFeatures]) {
+  if (left >= 12) return panel_products<12>(x, kind, panel, width, sums), 12;
+  if (left >= 8) return panel_products<8>(x, kind, panel, width, sums), 8;
+  if (left >= 4) return panel_products<4>(x, kind, panel, width, sums), 4;
+  if (left >= 2) return panel_products<2>(x, kind, panel, width, sums), 2;
+  return panel_products<1>(x, kind, panel, width, sums), 1;
+}
+
+#else
+
+template <class Weight>
+inline void fill_panel(const Weight* const*, std::int64_t, char*) {}
+template <class Row, class Weight>
+inline int multiply_panel(std::int64_t left, const Row* const*, const Weight*, const char*,
+                          std::int64_t, float (*)[kPanelFeatures]) {
+  return static_cast<int>(left);
+}
+
+#endif
+
+}  // namespace
+}  // namespace pyllm::PYLLM_ISA

@@ -1,0 +1,39 @@
+"""A linear layer with int8 weights in C++: ``csrc/cpu/int8_linear.cpp``.
+
+Bitwise the same on any number of threads. Sums of int8 products are exact, so that instruction sets
+differ by the rounding of the result only.
+"""
+
+import torch
+from torch import Tensor
+
+from pyllm.cpu_kernels._launch import accumulator, dtype_code, extension, ready
+
+
+def int8_linear_forward(
+    x_ND: Tensor, weight_FD: Tensor, weight_scale_F: Tensor, quantize_input: bool
+) -> Tensor:
+    """See :func:`pyllm.reference.int8_linear.int8_linear_forward`."""
+    code, wide = dtype_code("int8_linear", x_ND.dtype), accumulator(x_ND.dtype)
+    n_rows, width = x_ND.shape
+    n_features = weight_FD.shape[0]
+    x_ND, weight_FD = x_ND.contiguous(), weight_FD.contiguous()
+    weight_scale_F = ready(weight_scale_F, wide)
+    y_NF = x_ND.new_empty((n_rows, n_features))
+    # int8_row_bytes of csrc/cpu/int8_dot.h
+    row_bytes = 64 + (width + 63) // 64 * 128 if quantize_input else 0
+    workspace = torch.empty(n_rows * row_bytes, dtype=torch.int8)
+    extension().int8_linear(
+        code,
+        quantize_input,
+        x_ND.data_ptr(),
+        weight_FD.data_ptr(),
+        weight_scale_F.data_ptr(),
+        y_NF.data_ptr(),
+        workspace.data_ptr(),
+        n_rows,
+        n_features,
+        width,
+        torch.get_num_threads(),
+    )
+    return y_NF
