@@ -17,6 +17,21 @@ def test_import_loads_nothing_heavy() -> None:
     assert result.stdout.strip() == "[]"
 
 
+def test_a_model_runs_without_the_compiler() -> None:
+    """PyTorch's takes 150 MB and a second; only torch.compile needs it."""
+    code = (
+        "import sys, torch, pyllm.generate\n"
+        "from pyllm.models import ModelConfig, Transformer\n"
+        "model = Transformer(ModelConfig(n_layers=1))\n"
+        "config = pyllm.generate.SamplingConfig(max_new_tokens=2)\n"
+        "print(len(list(pyllm.generate.generate_ids(model, [1, 2], config))))\n"
+        "print('torch._dynamo' in sys.modules)\n"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.split() == ["2", "False"]
+
+
 @pytest.mark.parametrize(
     "script", sorted((ROOT / "scripts").glob("*.py")), ids=lambda path: path.stem
 )

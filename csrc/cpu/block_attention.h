@@ -89,8 +89,9 @@ struct RowScratch {
         q(new const float*[2 * n]),
         weights(q + n),
         y(new float*[n]) {}
-  RowScratch(const RowScratch&) = delete;
-  ~RowScratch() {
+  // Called by hand: a destructor would have to run where memory ends, and the code for that is the
+  // standard library's, of which the linker keeps one copy for all instruction sets.
+  void free() const {
     delete[] scores;
     delete[] q;
     delete[] y;
@@ -161,6 +162,7 @@ inline void attend_range(const QueryRange<Storage>& range) {
     const float norm = sum[r] == 0 ? 0.0f : 1.0f / sum[r];
     for (std::int64_t c = 0; c < width; ++c) y[r][c] *= norm;
   }
+  scratch.free();
 }
 
 }  // namespace

@@ -7,6 +7,7 @@
 #include "cpu/kernels.h"
 #include "cpu/numeric.h"
 #include "cpu/parallel.h"
+#include "cpu/products.h"
 
 namespace pyllm::PYLLM_ISA {
 namespace {
@@ -15,8 +16,6 @@ namespace {
 constexpr std::int64_t kProductsPerRange = per_range(1 << 19);
 // Elements quantised in a range of rows.
 constexpr std::int64_t kElementsPerRange = per_range(32768);
-// Bytes of prepared rows that are multiplied together: what stays in the second-level cache.
-constexpr std::int64_t kBlockBytes = 256 * 1024;
 
 // Weight rows in a range: a multiple of the features of a tile.
 std::int64_t features_per_range(std::int64_t rows, std::int64_t width) {
@@ -32,17 +31,17 @@ struct Layer {
   std::int64_t features, width;
 };
 
-// Features [f, f + n) of rows [first, last), prepared `row_bytes` apart.
+// Features [f, f + n) of all rows, prepared `row_bytes` apart.
 template <class Storage>
 void multiply_tile(const Layer<Storage>& layer, const char* prepared, std::int64_t row_bytes,
-                   std::int64_t first, std::int64_t last, std::int64_t f, int n) {
+                   std::int64_t rows, std::int64_t f, int n) {
   using W = Wide<Storage>;
   const std::int8_t* w[kInt8Features];  // the last one again where there are fewer
   for (int k = 0; k < kInt8Features; ++k) {
     w[k] = layer.weight + (f + std::min(k, n - 1)) * layer.width;
   }
-  for (std::int64_t row = first; row < last; row += kInt8Tokens) {
-    const int m = static_cast<int>(std::min<std::int64_t>(kInt8Tokens, last - row));
+  for (std::int64_t row = 0; row < rows; row += kInt8Tokens) {
+    const int m = static_cast<int>(std::min<std::int64_t>(kInt8Tokens, rows - row));
     const char* x[kInt8Tokens];
     for (int i = 0; i < m; ++i) x[i] = prepared + (row + i) * row_bytes;
     std::int32_t sums[kInt8Tokens][kInt8Features];
@@ -57,9 +56,25 @@ void multiply_tile(const Layer<Storage>& layer, const char* prepared, std::int64
   }
 }
 
+// Features [begin, end) of all rows.
+template <class Storage>
+void multiply_features(const Layer<Storage>& layer, const char* prepared, std::int64_t row_bytes,
+                       std::int64_t rows, std::int64_t begin, std::int64_t end) {
+  const std::int8_t* first = layer.weight + begin * layer.width;
+  const Wide<Storage>* scales = layer.weight_scale + begin;
+  multiply_rows<std::int8_t>(
+      end - begin, [=](std::int64_t f) { return first + f * layer.width; }, rows,
+      [=](std::int64_t row) { return prepared + row * row_bytes; }, layer.width,
+      [=](std::int64_t row, std::int64_t f, const float* sums, std::int64_t n) {
+        Storage* to = layer.y + row * layer.features + begin + f;
+        for (std::int64_t k = 0; k < n; ++k) to[k] = narrow<Storage>(sums[k] * scales[f + k]);
+      });
+}
+
 template <class Storage>
 void in_int8(const Storage* x, const Layer<Storage>& layer, char* workspace, std::int64_t rows,
              int n_threads) {
+  using W = Wide<Storage>;
   const std::int64_t width = layer.width, row_bytes = int8_row_bytes(width);
   parallel_for(rows, rows_per_range(kElementsPerRange, width), n_threads,
                [=](std::int64_t begin, std::int64_t end) {
@@ -67,16 +82,18 @@ void in_int8(const Storage* x, const Layer<Storage>& layer, char* workspace, std
                    prepare_int8_row(x + row * width, width, workspace + row * row_bytes);
                  }
                });
-  const std::int64_t block =
-      std::max<std::int64_t>(kInt8Tokens, kBlockBytes / row_bytes / kInt8Tokens * kInt8Tokens);
-  parallel_for(layer.features, features_per_range(rows, width), n_threads,
+  // Blocks by the number of threads: every number is computed from one row of weights, so that no
+  // bit depends on them.
+  parallel_for(layer.features, rows_per_block(layer.features, width, n_threads), n_threads,
                [=](std::int64_t begin, std::int64_t end) {
-                 for (std::int64_t first = 0; first < rows; first += block) {
-                   const std::int64_t last = std::min(first + block, rows);
+                 if constexpr (sizeof(W) == sizeof(double)) {
+                   // Whole sums: a float would round those beyond 2^24.
                    for (std::int64_t f = begin; f < end; f += kInt8Features) {
                      const int n = static_cast<int>(std::min<std::int64_t>(kInt8Features, end - f));
-                     multiply_tile(layer, workspace, row_bytes, first, last, f, n);
+                     multiply_tile(layer, workspace, row_bytes, rows, f, n);
                    }
+                 } else {
+                   multiply_features(layer, workspace, row_bytes, rows, begin, end);
                  }
                });
 }

@@ -84,7 +84,6 @@ def _best_face(op: str, device_type: str) -> str:
     return next((face for face in preferred if _serves(op, face, device_type)), "reference")
 
 
-@torch.compiler.assume_constant_result  # torch.compile asks once, while tracing
 def choose_face(op: str, device_type: str, face: str | None) -> str:
     """Explicit argument, then ``PYLLM_FACE``, then the best face for the device.
 
@@ -102,6 +101,11 @@ def choose_face(op: str, device_type: str, face: str | None) -> str:
             f"expected one of {', '.join(here)}"
         )
     return face
+
+
+# torch.compile asks once, while tracing. This is what torch.compiler.assume_constant_result sets,
+# which would import the compiler: 150 MB and a second of everybody who never compiles.
+choose_face._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def autocast_dtype(device_type: str) -> torch.dtype | None:
