@@ -26,6 +26,7 @@ from pyllm.models.ends import read_stop_ids
 from pyllm.models.foreign_tokenizer import check_tokenizer_files
 from pyllm.models.hugging_face import read_settings
 from pyllm.models.int8 import Int8Transformer, fill_int8, quantize_model
+from pyllm.models.outline import outlined
 from pyllm.models.shards import (
     ADAPTER,
     WEIGHTS,
@@ -361,11 +362,12 @@ def _outline(config: ModelConfig, weights: Path, is_int8: bool = False) -> Trans
     """The model without any numbers, and a refusal of one whose tables would be too large."""
     path = weights.with_name("config.json")
     try:
-        with torch.device("meta"):
+        with outlined():
             model = Int8Transformer(config, "meta") if is_int8 else Transformer(config)
     except (ValueError, RuntimeError, OverflowError, TypeError) as error:
         raise ValueError(f"{path}: {str(error).splitlines()[0]}") from None
-    tables = sum(buffer.numel() for buffer in model.buffers())
+    row = {"rope": 2 * (config.head_dim // 2), "learned": 0, "sinusoidal": config.d_model}
+    tables = config.max_seq_len * row[config.position]
     if tables > LARGEST_TABLES:
         raise ValueError(
             f"{path}: max_seq_len {config.max_seq_len:,} would need tables of {tables:,} "

@@ -10,6 +10,7 @@ from pyllm._memory import check_memory
 from pyllm.layers.int8 import SCALE, make_int8
 from pyllm.models.config import ModelConfig
 from pyllm.models.counting import count_parameters
+from pyllm.models.outline import outlined
 from pyllm.models.transformer import IGNORE_INDEX, Transformer
 from pyllm.ops import int8_linear, quantize_int8
 
@@ -33,7 +34,7 @@ class Int8Transformer(Transformer):
     """
 
     def __init__(self, config: ModelConfig, device: str | torch.device = "cpu") -> None:
-        with torch.device("meta"):  # the float weights never exist
+        with outlined():  # the float weights never exist
             super().__init__(config)
             make_int8(self)
         if torch.device(device).type == "cpu":

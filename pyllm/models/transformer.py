@@ -14,6 +14,7 @@ from pyllm.layers.norm import NORMS
 from pyllm.layers.position import LearnedPositions, RotaryTable, SinusoidalPositions
 from pyllm.models.config import ModelConfig
 from pyllm.models.counting import count_parameters
+from pyllm.models.outline import is_outlined
 from pyllm.ops import linear_cross_entropy
 from pyllm.ops._checks import check_index_range, check_integer, check_same_device, check_shape
 
@@ -118,6 +119,8 @@ class Transformer(nn.Module):
         config = self.config
         self.rotary: RotaryTable | None = None
         self.positions: LearnedPositions | SinusoidalPositions | None = None
+        if is_outlined() and config.position != "learned":
+            return
         if config.position == "rope":
             self.rotary = RotaryTable(
                 config.max_seq_len,
