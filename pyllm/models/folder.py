@@ -326,10 +326,10 @@ def _load_own(
     check_manifest(weights.parent, [WEIGHTS])
     outline = _check_sizes(config, weights, is_int8)
     if is_int8:
-        model: Transformer = Int8Transformer(config)
+        model: Transformer = Int8Transformer(config, zeros=False)
         load_weights(model, weights)
     elif dtype == torch.int8:
-        model = Int8Transformer(config)
+        model = Int8Transformer(config, zeros=False)
         try:
             fill_int8(model, _each_tensor(weights, outline.state_dict()))
         except ValueError as error:

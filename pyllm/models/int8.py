@@ -29,11 +29,19 @@ class Int8Transformer(Transformer):
     For inference only. It begins as zeros: :func:`quantize_model` makes one from a float model,
     :func:`pyllm.models.load_model` from a folder that ``scripts/quantize.py`` wrote.
 
+    Args:
+        config: the architecture.
+        device: where it is.
+        zeros: or whatever the memory holds, for a caller that fills in every number: a page that was
+            not touched yet takes no memory.
+
     Raises:
         ValueError: the model is larger than the machine's memory.
     """
 
-    def __init__(self, config: ModelConfig, device: str | torch.device = "cpu") -> None:
+    def __init__(
+        self, config: ModelConfig, device: str | torch.device = "cpu", *, zeros: bool = True
+    ) -> None:
         with outlined():  # the float weights never exist
             super().__init__(config)
             make_int8(self)
@@ -43,8 +51,9 @@ class Int8Transformer(Transformer):
             remedy = "make it narrower, shallower, or with fewer experts or words"
             check_memory(what, sum(tensor.nbytes for tensor in state), remedy)
         self.to_empty(device=device)
-        for tensor in self.state_dict().values():
-            tensor.zero_()
+        if zeros:
+            for tensor in self.state_dict().values():
+                tensor.zero_()
         # The tables of positions follow from the configuration, and are in no file.
         with torch.device(device):
             self._add_positions()
@@ -91,7 +100,7 @@ def quantize_model(model: Transformer) -> Int8Transformer:
     """
     if isinstance(model, Int8Transformer):
         raise ValueError("quantize_model: the model is in int8 already")
-    result = Int8Transformer(model.config, model.embedding.weight.device)
+    result = Int8Transformer(model.config, model.embedding.weight.device, zeros=False)
     fill_int8(result, model.state_dict().items())
     return result.eval()
 
