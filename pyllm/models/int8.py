@@ -32,8 +32,8 @@ class Int8Transformer(Transformer):
     Args:
         config: the architecture.
         device: where it is.
-        zeros: or whatever the memory holds, for a caller that fills in every number: a page that was
-            not touched yet takes no memory.
+        zeros: or whatever the memory holds, for a caller that fills in every number: a page that
+            was not touched yet takes no memory.
 
     Raises:
         ValueError: the model is larger than the machine's memory.
