@@ -50,7 +50,8 @@ class Int8Transformer(Transformer):
             what = f"an int8 model of {count_parameters(config).total:,} parameters"
             remedy = "make it narrower, shallower, or with fewer experts or words"
             check_memory(what, sum(tensor.nbytes for tensor in state), remedy)
-        self.to_empty(device=device)
+        # What to_empty does, by way of meta tensors' empty_like, which imports 65 MB of sympy.
+        self._apply(lambda t: torch.empty(t.shape, dtype=t.dtype, device=device))
         if zeros:
             for tensor in self.state_dict().values():
                 tensor.zero_()
