@@ -324,6 +324,5 @@ def test_the_float_weights_are_never_whole_in_memory(floats: Path, tmp_path: Pat
     ]
     # One tensor of the file is mapped while it is read, four times as large in floats, and some of
     # it is held a few times more while it is rounded. All floats would be four times the ints.
-    largest = config.n_experts * 2 * config.d_ff * config.d_model
-    assert ints * 0.9 < grown[0] < ints + 3 * largest, (grown, ints, largest)
-    assert ints * 0.9 < grown[1] < ints + 9 * largest < 2 * ints, (grown, ints, largest)
+    assert 0.9 * ints < grown[0] < 1.5 * ints, (grown, ints)
+    assert 0.9 * ints < grown[1] < 2.5 * ints, (grown, ints)
