@@ -61,7 +61,7 @@ class Config(SamplingConfig):
     device: str = "auto"
     """auto (cuda, then mps, then cpu), cpu, cuda, cuda:1, mps."""
     dtype: Literal["auto", "float32", "bfloat16", "float16", "int8"] = "auto"
-    """Of the weights; auto: float32, or float64 where they were saved so."""
+    """Of the weights; auto: float32, or float64 or int8 where they were saved so."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

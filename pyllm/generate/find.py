@@ -7,7 +7,7 @@ import torch
 from pyllm._checks import shown
 from pyllm.generate.config import SamplingConfig
 from pyllm.models import named_dtype
-from pyllm.models.device import INT8
+from pyllm.models.device import WEIGHT_DTYPES
 from pyllm.models.durable import check_manifest, read_json
 from pyllm.models.shards import holds_weights
 
@@ -101,11 +101,4 @@ def pick_dtype(name: str = "auto") -> torch.dtype | None:
     Raises:
         ValueError: unknown name.
     """
-    if name == INT8:
-        return torch.int8
-    if name == "auto":
-        return None
-    try:
-        return named_dtype(name)
-    except ValueError as error:
-        raise ValueError(f"{error}; or {INT8}") from None
+    return None if name == "auto" else named_dtype(name, WEIGHT_DTYPES)

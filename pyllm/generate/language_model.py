@@ -23,7 +23,7 @@ from pyllm.models import (
     count_parameters,
     load_model,
 )
-from pyllm.models.device import DTYPES, INT8
+from pyllm.models.device import WEIGHT_DTYPES
 from pyllm.models.durable import read_json, readable_folder
 from pyllm.models.ends import read_stop_ids
 from pyllm.tokenizers import Tokenizer
@@ -83,8 +83,8 @@ class LanguageModel:
         """See :func:`pyllm.load`; without a path, the run under runs/ that was saved last."""
         folder = find_model(path)
         if isinstance(dtype, torch.dtype):
-            names = {**{known: name for name, known in DTYPES.items()}, torch.int8: INT8}
-            dtype = names.get(dtype, str(dtype))
+            known = WEIGHT_DTYPES.items()
+            dtype = next((name for name, one in known if one == dtype), str(dtype))
         place = choose_device(str(device) if isinstance(device, torch.device) else device)
         number_format = pick_dtype(dtype)
         return cls(*load_model(folder, place, number_format), folder)

@@ -21,7 +21,7 @@ from pyllm.layers.kv_cache import PIECE
 from pyllm.layers.norm import NORMS
 from pyllm.layers.position import LearnedPositions
 from pyllm.models import Int8Transformer, Transformer
-from pyllm.models.transformer import Block, _checked_counts
+from pyllm.models.transformer import Block
 from pyllm.ops._registry import choose_face
 from pyllm.ops.int8_linear import LARGEST_WIDTH
 
@@ -55,33 +55,18 @@ class NativeModel:
             ValueError: more positions than the context, an id that is not in the vocabulary, a
                 cache that does not fit, counts that are not between 0 and T.
         """
-        config = self.model.config
-        if ids_BT.dtype != torch.int64 or ids_BT.dim() != 2 or ids_BT.device.type != "cpu":
-            self.model._check_ids("input_ids", ids_BT, ("B", "T"))
-            ids_BT = ids_BT.long()
+        starts, real = self.model.checked_step(ids_BT, cache, counts)
         batch, n_tokens = ids_BT.shape
         self._check(cache, batch)
-        counts = _checked_counts(ids_BT, cache, counts)
-        if counts is None:
-            counts = [n_tokens] * batch
+        ids_BT, counts = ids_BT.long(), [n_tokens] * batch if real is None else real
         if not any(counts):
             raise ValueError("next_logits: expected at least one new token, got none")
-        pairs = zip(cache.lengths.tolist(), counts, strict=True)
-        end = max(start + count for start, count in pairs)
-        if end > config.max_seq_len:
-            raise ValueError(
-                f"{end} tokens do not fit into the model's context of {config.max_seq_len}"
-            )
+        # Now, and not with a later piece, when the first have been written.
+        end = max(start + count for start, count in zip(starts, counts, strict=True))
         if end > cache.max_length:
             raise ValueError(
                 f"kv cache: {end} positions do not fit into {cache.max_length}; generate fewer "
                 "tokens or make a larger cache"
-            )
-        low, high = (int(bound) for bound in ids_BT.aminmax())
-        if low < 0 or high >= config.vocab_size:
-            raise ValueError(
-                f"input_ids must be between 0 and {config.vocab_size - 1}, got values from {low} "
-                f"to {high}"
             )
         piece = PIECE if cache.rolling else max(MAX_TOKENS // batch, PIECE)
         logits: list[Tensor] = []
@@ -124,15 +109,7 @@ class NativeModel:
                 f"kv cache: it is {tuple(cache.store.shape)} in {cache.store.dtype}, which does "
                 "not fit; make a cache for this batch and this model"
             )
-        if cache.rolling and (cache.window, cache.sinks) != (
-            config.window,
-            config.attention_sinks,
-        ):
-            raise ValueError(
-                f"kv cache: it rolls with a window of {cache.window} and {cache.sinks} sinks, and "
-                f"the model has a window of {config.window} and {config.attention_sinks}; make a "
-                "cache for this model"
-            )
+        cache.check_window("model", config.window, config.attention_sinks)
 
 
 def native_model(model: Transformer) -> NativeModel | None:

@@ -99,12 +99,7 @@ class CausalSelfAttention(nn.Module):
         counts: Sequence[int] | None,
     ) -> Tensor:
         """Append the new keys and values, and let the new queries see what they may."""
-        if cache.rolling and (cache.window, cache.sinks) != (self.window, self.sinks):
-            raise ValueError(
-                f"kv cache: it rolls with a window of {cache.window} and {cache.sinks} sinks, and "
-                f"the layer has a window of {self.window} and {self.sinks}; make a cache for this "
-                "model"
-            )
+        cache.check_window("layer", self.window, self.sinks)
         n_tokens = q_BTHK.shape[1]
         if cache.length == 0:
             # Nothing to look back to, and padding is on the right, where no real query sees it.

@@ -15,6 +15,12 @@ SCALE = "_scale"
 """The scales of a tensor have its name with this behind it."""
 
 
+def project(x: Tensor, weight: Tensor, weight_scale: Tensor) -> Tensor:
+    """:func:`pyllm.ops.int8_linear` of (..., D): to (..., F)."""
+    y = int8_linear(x.flatten(0, -2), weight, weight_scale)
+    return y.view(*x.shape[:-1], y.shape[-1])
+
+
 class Int8Linear(Float32Buffers):
     """``x @ (weight * weight_scale[:, None]).T``; (..., D) to (..., F).
 
@@ -33,8 +39,7 @@ class Int8Linear(Float32Buffers):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., D) to (..., F), in the dtype of ``x``."""
-        y = int8_linear(x.flatten(0, -2), self.weight, self.weight_scale)
-        return y.view(*x.shape[:-1], y.shape[-1])
+        return project(x, self.weight, self.weight_scale)
 
 
 class Int8Embedding(Float32Buffers):

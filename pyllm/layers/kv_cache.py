@@ -129,6 +129,21 @@ class KVCache:
         k_cache_BSGK, v_cache_BSGK = self._store_L2BSGK[layer]
         return k_cache_BSGK, v_cache_BSGK
 
+    def check_window(self, whose: str, window: int | None, sinks: int) -> None:
+        """What rolls keeps what one window and its sinks see, and no other.
+
+        Args:
+            whose: ``layer`` or ``model``, for the message.
+
+        Raises:
+            ValueError: it rolls, with another window or other sinks.
+        """
+        if self.rolling and (self.window, self.sinks) != (window, sinks):
+            raise ValueError(
+                f"kv cache: it rolls with a window of {self.window} and {self.sinks} sinks, and "
+                f"the {whose} has a window of {window} and {sinks}; make a cache for this model"
+            )
+
     def look_back(self, layer: int) -> tuple[Tensor, Tensor]:
         """What the next positions see of this layer, in order: the sinks, then the window.
 

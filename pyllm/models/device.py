@@ -1,6 +1,7 @@
 """The device and the dtype that are meant by a name."""
 
 import re
+from collections.abc import Mapping
 
 import torch
 
@@ -13,7 +14,8 @@ DTYPES = {
 }
 
 INT8 = "int8"
-"""The name of a model with int8 weights, whose activations and norms are float32."""
+WEIGHT_DTYPES = {**DTYPES, INT8: torch.int8}
+"""What a model can be loaded as; one with int8 weights has float32 activations and norms."""
 
 
 def available_devices() -> list[str]:
@@ -46,12 +48,12 @@ def choose_device(name: str = "auto") -> torch.device:
     return torch.device(name)
 
 
-def named_dtype(name: str) -> torch.dtype:
-    """``float32``, ``bfloat16`` or ``float16``.
+def named_dtype(name: str, known: Mapping[str, torch.dtype] = DTYPES) -> torch.dtype:
+    """One of ``known``, by default ``float32``, ``bfloat16`` or ``float16``.
 
     Raises:
         ValueError: another name.
     """
-    if not isinstance(name, str) or name not in DTYPES:
-        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {shown(name)}")
-    return DTYPES[name]
+    if not isinstance(name, str) or name not in known:
+        raise ValueError(f"dtype must be one of {', '.join(known)}, got {shown(name)}")
+    return known[name]

@@ -7,16 +7,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pyllm._memory import check_memory
-from pyllm.layers.int8 import SCALE, make_int8
+from pyllm.layers.int8 import SCALE, make_int8, project
 from pyllm.models.config import ModelConfig
 from pyllm.models.counting import count_parameters
 from pyllm.models.outline import outlined
 from pyllm.models.transformer import IGNORE_INDEX, Transformer
-from pyllm.ops import int8_linear, quantize_int8
+from pyllm.ops import quantize_int8
 
 CHUNK = 256
 """Rows whose logits are held at once where a loss is wanted: 51 MB of 50,257 words."""
-
 
 ROWS = 2048
 """Of a matrix, quantised at once: what is in between takes four times as much."""
@@ -71,9 +70,7 @@ class Int8Transformer(Transformer):
     def project(self, x: Tensor) -> Tensor:
         """(..., D) to logits (..., V)."""
         output = self.embedding if self.output is None else self.output
-        weight, scale = output.weight, getattr(output, "weight" + SCALE)
-        y = int8_linear(x.flatten(0, -2), weight, scale)
-        return y.view(*x.shape[:-1], y.shape[-1])
+        return project(x, output.weight, getattr(output, "weight" + SCALE))
 
     def losses(self, x_ND: Tensor, targets_N: Tensor, reduction: str) -> Tensor:
         """Cross-entropy in nats: a scalar, or (N,)."""

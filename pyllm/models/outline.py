@@ -1,4 +1,4 @@
-"""Modules without numbers: names and shapes, for a second and a gigabyte less."""
+"""Modules without numbers: their names and shapes, and nothing computed for them."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -247,18 +247,8 @@ class Transformer(nn.Module):
                 context, a cache that does not fit, counts that are not between 0 and T or come
                 without a cache; on the CPU also an id out of range.
         """
-        self._check_ids("input_ids", input_ids_BT, ("B", "T"))
-        real = _checked_counts(input_ids_BT, cache, counts)
-        starts = [0] if cache is None else cache.lengths.tolist()
+        starts, real = self.checked_step(input_ids_BT, cache, counts)
         n_tokens = input_ids_BT.shape[1]
-        if real is None:
-            end = max(starts) + n_tokens
-        else:
-            end = max(start + count for start, count in zip(starts, real, strict=True))
-        if end > self.config.max_seq_len:
-            raise ValueError(
-                f"{end} tokens do not fit into the model's context of {self.config.max_seq_len}"
-            )
         x_BTD, rotary = self._embed(input_ids_BT, starts)
         statistics = []
         for block in self.blocks:
@@ -272,6 +262,31 @@ class Transformer(nn.Module):
         if cache is not None:
             cache.advance(n_tokens if real is None else real)
         return self.final_norm(x_BTD), statistics
+
+    def checked_step(
+        self,
+        input_ids_BT: Tensor,
+        cache: KVCache | None,
+        counts: Tensor | Sequence[int] | None,
+    ) -> tuple[list[int], list[int] | None]:
+        """Can these tokens be run? Where each sequence starts, and how many of its tokens are real,
+        or None where all are.
+
+        Raises:
+            ValueError: see :meth:`hidden`.
+        """
+        self._check_ids("input_ids", input_ids_BT, ("B", "T"))
+        real = _checked_counts(input_ids_BT, cache, counts)
+        starts = [0] if cache is None else cache.lengths.tolist()
+        if real is None:
+            end = max(starts) + input_ids_BT.shape[1]
+        else:
+            end = max(start + count for start, count in zip(starts, real, strict=True))
+        if end > self.config.max_seq_len:
+            raise ValueError(
+                f"{end} tokens do not fit into the model's context of {self.config.max_seq_len}"
+            )
+        return starts, real
 
     def _embed(
         self, input_ids_BT: Tensor, starts: list[int]

@@ -64,7 +64,7 @@ def test_no_model_is_a_value_error_with_the_remedy(tmp_path):
 def test_dtypes_by_name():
     assert pick_dtype("bfloat16") is torch.bfloat16 and pick_dtype() is None
     assert pick_dtype("int8") is torch.int8
-    with pytest.raises(ValueError, match="dtype must be one of float32, .*, got 'int4'; or int8"):
+    with pytest.raises(ValueError, match="dtype must be one of float32, .*, int8, got 'int4'"):
         pick_dtype("int4")
 
 
