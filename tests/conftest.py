@@ -18,12 +18,16 @@ os.environ.update({**ENVIRONMENT, **os.environ})
 
 import torch
 
+from pyllm._native import cpu_extension
+
 ROOT = Path(__file__).resolve().parent.parent
 
 # Triton reads this when it is first imported: without a card its kernels run in its interpreter.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+
+ISAS = cpu_extension().supported_isas() if cpu_extension() is not None else []
 
 _TERMINAL = pytest.StashKey[TextIO]()
 _VERDICTS = pytest.StashKey[dict[tuple[str, str], bool]]()
@@ -83,6 +87,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu") is not None:
             item.add_marker(skip)
+
+
+@pytest.fixture(params=ISAS)
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Each instruction set in turn."""
+    before = cpu_extension().active_isa()
+    cpu_extension().set_isa(request.param)
+    yield request.param
+    cpu_extension().set_isa(before)
 
 
 @pytest.fixture(scope="session")

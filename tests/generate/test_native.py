@@ -9,7 +9,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from pyllm._native import cpu_extension
 from pyllm.generate import SamplingConfig, Session, generate_ids, next_logits
 from pyllm.generate.native import NativeModel, native_model
 from pyllm.models import Int8Transformer, ModelConfig, Transformer, quantize_model
@@ -343,17 +342,6 @@ def test_nan_weights_reach_the_logits() -> None:
         model.blocks[1].attention.qkv_proj.weight[3, 4] = float("nan")
         logits = native(model).next_logits(torch.tensor([[1, 2]]), model.new_cache(1))
     assert bool(logits.isnan().all())
-
-
-@pytest.fixture(params=["baseline", "avx2", "avx512"])
-def isa(request: pytest.FixtureRequest) -> Any:
-    extension = cpu_extension()
-    if extension is None or request.param not in extension.supported_isas():
-        pytest.skip(f"{request.param} is not built or not supported here")
-    before = extension.active_isa()
-    extension.set_isa(request.param)
-    yield request.param
-    extension.set_isa(before)
 
 
 def test_int8_transformers_are_what_is_tested() -> None:
