@@ -72,10 +72,11 @@ void multiply_features(const Layer<Storage>& layer, const char* prepared, std::i
 }
 
 template <class Storage>
-void in_int8(const Storage* x, const Layer<Storage>& layer, char* workspace, std::int64_t rows,
-             int n_threads) {
+void in_int8(const Storage* x, const Layer<Storage>& layer, std::int64_t rows, int n_threads) {
   using W = Wide<Storage>;
   const std::int64_t width = layer.width, row_bytes = int8_row_bytes(width);
+  char* const memory = new char[rows * row_bytes + 64];
+  char* const workspace = memory + (64 - reinterpret_cast<std::uintptr_t>(memory) % 64) % 64;
   parallel_for(rows, rows_per_range(kElementsPerRange, width), n_threads,
                [=](std::int64_t begin, std::int64_t end) {
                  for (std::int64_t row = begin; row < end; ++row) {
@@ -96,6 +97,7 @@ void in_int8(const Storage* x, const Layer<Storage>& layer, char* workspace, std
                    multiply_features(layer, workspace, row_bytes, rows, begin, end);
                  }
                });
+  delete[] memory;
 }
 
 template <class Storage>
@@ -124,15 +126,15 @@ void in_float(const Storage* x, const Layer<Storage>& layer, std::int64_t rows, 
 }  // namespace
 
 void int8_linear(DType dtype, bool quantize, const void* x, const void* weight,
-                 const void* weight_scale, void* y, void* workspace, std::int64_t rows,
-                 std::int64_t features, std::int64_t width, int n_threads) {
+                 const void* weight_scale, void* y, std::int64_t rows, std::int64_t features,
+                 std::int64_t width, int n_threads) {
   with_storage(dtype, [=](auto storage) {
     using S = decltype(storage);
     using W = Wide<S>;
     const Layer<S> layer{static_cast<const std::int8_t*>(weight),
                          static_cast<const W*>(weight_scale), static_cast<S*>(y), features, width};
     if (quantize) {
-      in_int8(static_cast<const S*>(x), layer, static_cast<char*>(workspace), rows, n_threads);
+      in_int8(static_cast<const S*>(x), layer, rows, n_threads);
     } else {
       in_float(static_cast<const S*>(x), layer, rows, n_threads);
     }

@@ -20,9 +20,6 @@ def int8_linear_forward(
     x_ND, weight_FD = x_ND.contiguous(), weight_FD.contiguous()
     weight_scale_F = ready(weight_scale_F, wide)
     y_NF = x_ND.new_empty((n_rows, n_features))
-    # int8_row_bytes of csrc/cpu/int8_dot.h
-    row_bytes = 64 + (width + 63) // 64 * 128 if quantize_input else 0
-    workspace = torch.empty(n_rows * row_bytes, dtype=torch.int8)
     extension().int8_linear(
         code,
         quantize_input,
@@ -30,7 +27,6 @@ def int8_linear_forward(
         weight_FD.data_ptr(),
         weight_scale_F.data_ptr(),
         y_NF.data_ptr(),
-        workspace.data_ptr(),
         n_rows,
         n_features,
         width,
