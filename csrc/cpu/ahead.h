@@ -19,5 +19,9 @@ inline void fetch_ahead(const void* at) {
                      0, 2);
 }
 
+// The same for weights that the third level of cache may hold: into the first level, where a tile
+// or a panel of the next rows will look for them.
+inline void fetch_soon(const void* at) { __builtin_prefetch(at, 0, 3); }
+
 }  // namespace
 }  // namespace pyllm::PYLLM_ISA

@@ -179,6 +179,7 @@ __attribute__((always_inline)) inline void int8_dots(const char* const* x,
       __m512i w[kInt8Features];
 #pragma GCC unroll 4
       for (int f = 0; f < kInt8Features; ++f) {
+        fetch_soon(rows[f] + kInt8Features * width + d);
         w[f] = _mm512_xor_si512(_mm512_loadu_si512(rows[f] + d), flip);
       }
 #pragma GCC unroll 6

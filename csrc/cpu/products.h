@@ -81,6 +81,10 @@ inline void multiply_rows(std::int64_t n_features, const Weights& weights, std::
       const Weight* w[kPanelFeatures];  // the last one again where there are fewer
       for (std::int64_t k = 0; k < kPanelFeatures; ++k) w[k] = weights(f + std::min(k, n - 1));
       fill_panel(w, width, panel);
+      for (std::int64_t k = 0; f + kPanelFeatures < n_features && k < kPanelFeatures; ++k) {
+        const Weight* next = weights(std::min(f + kPanelFeatures + k, n_features - 1));
+        for (std::int64_t d = 0; d < width; d += kLineBytes / sizeof(Weight)) fetch_soon(next + d);
+      }
       for (std::int64_t t = 0; t < n_tokens;) {
         const std::int64_t left = std::min<std::int64_t>(kPanelTokens, n_tokens - t);
         const Row* x[kPanelTokens];
