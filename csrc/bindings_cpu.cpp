@@ -184,8 +184,8 @@ PYBIND11_MODULE(_cpu, module) {
   PYLLM_DEFINE(gather_rows);
   PYLLM_DEFINE(moe_combine_forward);
   PYLLM_DEFINE(moe_combine_backward);
-  PYLLM_DEFINE(moe_activation_forward);
-  PYLLM_DEFINE(moe_activation_backward);
+  PYLLM_DEFINE(moe_ffn_forward);
+  PYLLM_DEFINE(moe_ffn_backward);
   PYLLM_DEFINE(route_topk_forward);
   PYLLM_DEFINE(route_topk_backward);
   PYLLM_DEFINE(rope);
