@@ -299,28 +299,28 @@ void add_weighted(const Problem<Storage>& problem, const Storage* const* rows, s
 // be multiplied with, because the largest score grew. s has room for n + kRoom.
 template <class W>
 inline W to_weights(W* __restrict s, std::int64_t n, W* largest, W* sum) {
-  for (std::int64_t i = n; i < (n + kRoom - 1) / kRoom * kRoom; ++i) s[i] = -INFINITY;
-  W most[kRoom], added[kRoom] = {};
-  for (std::int64_t k = 0; k < kRoom; ++k) most[k] = -INFINITY;
-  for (std::int64_t i = 0; i < n; i += kRoom) {
-#pragma omp simd
-    for (std::int64_t k = 0; k < kRoom; ++k) most[k] = s[i + k] > most[k] ? s[i + k] : most[k];
+  constexpr std::int64_t lanes = kLanes<W>;
+  const std::int64_t whole = (n + lanes - 1) / lanes * lanes;
+  for (std::int64_t i = n; i < whole; ++i) s[i] = -INFINITY;
+  Vector<W> most = load(s);
+  for (std::int64_t i = lanes; i < whole; i += lanes) {
+    const Vector<W> more = load(s + i);
+    most = more > most ? more : most;
   }
   W new_largest = *largest;
-  for (std::int64_t k = 0; k < kRoom; ++k)
+  for (std::int64_t k = 0; k < lanes; ++k)
     new_largest = most[k] > new_largest ? most[k] : new_largest;
   // Only -inf so far: -inf - -inf would be NaN where it should be 0.
   const W shift = new_largest == -INFINITY ? W(0) : new_largest;
   const W shrink = exp_of(*largest - shift);
-  for (std::int64_t i = 0; i < n; i += kRoom) {
+  for (std::int64_t i = 0; i < whole; i += lanes) {
 #pragma omp simd
-    for (std::int64_t k = 0; k < kRoom; ++k) {
-      s[i + k] = exp_of(s[i + k] - shift);
-      added[k] += s[i + k];
-    }
+    for (std::int64_t k = 0; k < lanes; ++k) s[i + k] = exp_of(s[i + k] - shift);
   }
+  Vector<W> added = load(s);
+  for (std::int64_t i = lanes; i < whole; i += lanes) added += load(s + i);
   W total = 0;
-  for (std::int64_t k = 0; k < kRoom; ++k) total += added[k];
+  for (std::int64_t k = 0; k < lanes; ++k) total += added[k];
   *largest = new_largest;
   *sum = *sum * shrink + total;
   return shrink;
@@ -361,7 +361,6 @@ void take_in_chunk(const Problem<Storage>& problem, std::int64_t item,
   const Seen seen = problem.seen(b);
   const std::int64_t first = item % problem.n_chunks * problem.chunk;
   const std::int64_t end = first + problem.chunk < seen.n ? first + problem.chunk : seen.n;
-  for (std::int64_t i = 0; i < heads * wide; ++i) scratch.queries[i] = 0;
   for (std::int64_t t = 0; t < problem.tokens; ++t) {
     const std::int64_t row = t * heads;
     for (std::int64_t i = row; i < row + heads; ++i) {
@@ -370,9 +369,8 @@ void take_in_chunk(const Problem<Storage>& problem, std::int64_t item,
     for (std::int64_t i = 0; i < heads * wide; ++i) scratch.values[i] = 0;
     if (t < seen.count && first < end) {
       for (std::int64_t head = 0; head < heads; ++head) {
-        const auto* __restrict q = problem.q + (problem.query(b, t) * heads + head) * width;
-        auto* __restrict to = scratch.queries + head * wide;
-        for (std::int64_t c = 0; c < width; ++c) to[ordered<Storage>(c)] = q[c];
+        to_order<Storage>(problem.q + (problem.query(b, t) * heads + head) * width, width,
+                          scratch.queries + head * wide);
       }
     }
     for (std::int64_t i = first; t < seen.count && i < end;) {
@@ -381,9 +379,8 @@ void take_in_chunk(const Problem<Storage>& problem, std::int64_t item,
       i += block.n;
     }
     for (std::int64_t head = 0; head < heads; ++head) {
-      const auto* __restrict from = scratch.values + head * wide;
-      auto* __restrict to = partial.values + (row + head) * width;
-      for (std::int64_t c = 0; c < width; ++c) to[c] = from[ordered<Storage>(c)];
+      from_order<Storage>(scratch.values + head * wide, width,
+                          partial.values + (row + head) * width);
     }
   }
 }

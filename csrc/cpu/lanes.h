@@ -87,12 +87,50 @@ inline std::int64_t ordered_width(std::int64_t width) {
   return (width + kTwo<Storage> - 1) / kTwo<Storage> * kTwo<Storage>;
 }
 
-// Where number i of a row is in that order.
+template <int... i>
+inline void pull_apart(const float* from, float* to, std::integer_sequence<int, i...>) {
+  const Vector<float> a = load(from), b = load(from + sizeof...(i));
+  store(Vector<float>(__builtin_shufflevector(a, b, 2 * i...)), to);
+  store(Vector<float>(__builtin_shufflevector(a, b, (2 * i + 1)...)), to + sizeof...(i));
+}
+
+template <int... i>
+inline void put_together(const float* from, float* to, std::integer_sequence<int, i...>) {
+  constexpr int n = sizeof...(i);
+  const Vector<float> a = load(from), b = load(from + n);
+  store(Vector<float>(__builtin_shufflevector(a, b, (i / 2 + (i % 2) * n)...)), to);
+  store(Vector<float>(__builtin_shufflevector(a, b, ((i + n) / 2 + (i % 2) * n)...)), to + n);
+}
+
+// A row into the order of load_two, and the way back.
 template <class Storage>
-inline std::int64_t ordered(std::int64_t i) {
-  if (!std::is_same_v<Storage, BFloat16>) return i;
-  constexpr std::int64_t n = kLanes<float>;
-  return i / (2 * n) * 2 * n + i % 2 * n + i % (2 * n) / 2;
+inline void to_order(const Wide<Storage>* from, std::int64_t width, Wide<Storage>* to) {
+  using W = Wide<Storage>;
+  constexpr int n = kTwo<Storage>;
+  for (std::int64_t c = 0; c < width; c += n) {
+    W part[n] = {};
+    std::memcpy(part, from + c, (width - c < n ? width - c : n) * sizeof(W));
+    if constexpr (std::is_same_v<Storage, BFloat16>) {
+      pull_apart(part, to + c, std::make_integer_sequence<int, n / 2>{});
+    } else {
+      std::memcpy(to + c, part, sizeof part);
+    }
+  }
+}
+
+template <class Storage>
+inline void from_order(const Wide<Storage>* from, std::int64_t width, Wide<Storage>* to) {
+  using W = Wide<Storage>;
+  constexpr int n = kTwo<Storage>;
+  for (std::int64_t c = 0; c < width; c += n) {
+    W part[n];
+    if constexpr (std::is_same_v<Storage, BFloat16>) {
+      put_together(from + c, part, std::make_integer_sequence<int, n / 2>{});
+    } else {
+      std::memcpy(part, from + c, sizeof part);
+    }
+    std::memcpy(to + c, part, (width - c < n ? width - c : n) * sizeof(W));
+  }
 }
 
 // r[i] = a[i] + a[i ^ distance] where bit `distance` of i is 0, else the same of b: after a level
