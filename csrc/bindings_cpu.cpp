@@ -192,11 +192,8 @@ PYBIND11_MODULE(_cpu, module) {
   PYLLM_DEFINE(cross_entropy_forward);
   PYLLM_DEFINE(cross_entropy_backward);
   PYLLM_DEFINE(accumulate);
-  PYLLM_DEFINE(pack_heads);
-  PYLLM_DEFINE(unpack_heads);
-  PYLLM_DEFINE(attention_softmax);
-  PYLLM_DEFINE(attention_softmax_gradient);
-  PYLLM_DEFINE(attention_delta);
+  PYLLM_DEFINE(attention_forward);
+  PYLLM_DEFINE(attention_backward);
   PYLLM_DEFINE(kv_append);
   PYLLM_DEFINE(decode_attention);
   PYLLM_DEFINE(int8_linear);

@@ -191,13 +191,25 @@ ATTENTION = Operation(
             "causal": True,
             "sinks": 4,
         },
+        # Keys beyond what one pass keeps, in lanes of several chunks, and rows in several blocks.
+        {"T": 50, "past": 1200, "B": 4, "G": 2, "J": 1, "K": 8, "window": 0, "causal": True},
+        {
+            "T": 30,
+            "past": 1270,
+            "B": 4,
+            "G": 2,
+            "J": 2,
+            "K": 8,
+            "window": 700,
+            "causal": True,
+            "sinks": 5,
+        },
         *(
             {**sizes, "B": 1, "G": 1, "J": 2, "K": width, "causal": True, "shift": shift}
             for sizes in ({"T": 33, "past": 7, "window": 0}, {"T": 64, "past": 0, "window": 16})
             for width, shift in ((8, 212), (33, 40))
         ),
     ),
-    blocks={"QUERY_TOKENS": 16, "SCRATCH_BYTES": 1},
     tiny={"T": 4, "past": 0, "B": 1, "G": 1, "J": 2, "K": 4, "window": 0, "causal": True},
     smoke=(
         {"T": 1, "past": 0, "B": 1, "G": 1, "J": 1, "K": 8, "window": 0, "causal": True},
