@@ -123,6 +123,36 @@ def scaling() -> list[str]:
     ]
 
 
+def training() -> list[str]:
+    """A training step beside transformers."""
+    found = newest("train-step")
+    if found is None:
+        return []
+    path, content = found
+    lines = [
+        f"A training step (forward, backward, fused AdamW) on {content['batch_size']} x "
+        f"{content['seq_len']} tokens and {content['threads']} threads, beside transformers "
+        f"{content['transformers']} on the same weights, its experts in the implementation that "
+        "was fastest in the same run. Mixed: float32 weights, bfloat16 products; the memory is "
+        "what a process takes above its imports.",
+        "",
+        "| model | dtype | pyllm | transformers | transformers' time / pyllm's | memory | theirs |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for case in content["cases"]:
+        speed = case["tokens_per_second"]
+        memory = [
+            f"{case['memory'][name]['peak'] / 1e6:,.0f} MB" if "memory" in case else "not run"
+            for name in ("pyllm", "transformers")
+        ]
+        lines.append(
+            f"| `{case['preset']}` | {case['dtype']} | {speed['pyllm']:,.0f} tokens/s "
+            f"| {speed['transformers']:,.0f} tokens/s (`{case['experts_implementation']}`) "
+            f"| {case['ratio']:.2f} x | {' | '.join(memory)} |"
+        )
+    return [*lines, "", machine_line(path, content["machine"]), ""]
+
+
 def decoding() -> list[str]:
     """Writing and reading a prompt beside llama.cpp, and what writing takes in memory."""
     lines = []
@@ -239,7 +269,7 @@ def sparsity() -> list[str]:
 
 def render() -> str:
     """The block, with its marks."""
-    parts = (stories, sparsity, scaling, decoding, presets, operations)
+    parts = (stories, sparsity, scaling, training, decoding, presets, operations)
     return "\n".join([BEGIN, "", *(line for part in parts for line in part()), END])
 
 
