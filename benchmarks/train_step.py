@@ -4,13 +4,17 @@
     python benchmarks/train_step.py
 
 A step is forward, backward and a fused AdamW, on the same tokens in both programs, which take
-turns. transformers gets the weights through pyllm's export, as a Mixtral, and runs its experts in
-whichever of its implementations a trial finds fastest. Before anything is timed, both must give one
-loss. Neither has a balance loss or a clipped gradient: transformers defines the former otherwise.
+turns, each in a process of its own. transformers gets the weights through pyllm's export, as a
+Mixtral, and runs its experts in whichever of its implementations a trial finds fastest. Before
+anything is timed, both must give one loss. Neither has a balance loss or a clipped gradient:
+transformers defines the former otherwise.
+
+pyllm's process keeps freed memory as its trainer does (``pyllm.train.device.keep_freed_memory``).
+A process of transformers does not, so it runs twice: as its users find it, and with that borrowed.
 
 ``mixed`` is float32 weights with bfloat16 products (autocast), as pyllm's trainer and transformers'
 do it; ``bfloat16`` is weights, gradients and the optimizer's state in bfloat16, in both. The memory
-is that of a process of its own, above what its imports take. Writes
+is the most that a process has during its steps, above what its imports took. Writes
 ``benchmarks/results/train-step-<date>.json``.
 """
 
@@ -37,13 +41,13 @@ EXPERTS = ("grouped_mm", "batched_mm", "eager")
 LARGEST_GATHER = 4 << 30
 """Bytes of experts that ``batched_mm`` copies for the backward; what takes more is not tried."""
 LEARNING_RATE = 1e-3
-SIDES = ("pyllm", "transformers")
+SIDES = ("pyllm", "transformers", "transformers, freed memory kept")
 
-CHILD = """
-import json, sys
+WORKER = """
+import sys
 sys.path.insert(0, sys.argv[1])
 import train_step
-print(json.dumps(train_step.grown(*sys.argv[2:])))
+train_step.serve(*sys.argv[2:])
 """
 
 
@@ -62,9 +66,7 @@ class Config:
     rounds: int = 11
     """Steps of each program, in turns, after one that is not counted."""
     threads: int = 2
-    """Of both programs."""
-    memory: bool = True
-    """Measure the memory as well?"""
+    """Of each program."""
     results: Path = Path(__file__).resolve().parent / "results"
     """Folder of the JSON file."""
 
@@ -114,7 +116,7 @@ def main(config: Config) -> None:
 
 
 def write_model(preset_name: str, place: Path) -> dict[str, str]:
-    """Random weights, as a folder of each program's."""
+    """Random weights, as the folder that each program loads."""
     import torch
 
     from pyllm.export import write_hugging_face
@@ -123,10 +125,10 @@ def write_model(preset_name: str, place: Path) -> dict[str, str]:
 
     torch.manual_seed(0)
     model = Transformer(preset(preset_name))
-    folders = {side: str(place / f"{preset_name}-{side}") for side in SIDES}
+    folders = {side: str(place / f"{preset_name}-{side}") for side in SIDES[:2]}
     save_model(folders["pyllm"], model, byte_tokenizer())
     write_hugging_face(folders["transformers"], model, byte_tokenizer())
-    return folders
+    return folders | {SIDES[2]: folders["transformers"]}
 
 
 @dataclass
@@ -195,120 +197,162 @@ def make_batch(vocab_size: int, batch_size: int, seq_len: int) -> Any:
     return torch.randint(vocab_size, (batch_size, seq_len), generator=generator)
 
 
-def measure(config: Config, folders: dict[str, str], dtype: str) -> dict[str, Any]:
-    """Both programs in turns on one model."""
-    sides = {name: load_side(name, folders[name], dtype) for name in SIDES}
-    vocab_size = sides["pyllm"].model.config.vocab_size
-    ids = make_batch(vocab_size, config.batch_size, config.seq_len)
-    first = {name: float(side.forward(ids).detach()) for name, side in sides.items()}
-    check_same(first, TOLERANCE[dtype])
-    trial = choose_experts(sides["transformers"], ids)
-    times: dict[str, list[float]] = {name: [] for name in SIDES}
-    for round_ in range(config.rounds + 1):  # the first makes the optimizers' state
-        for name, side in sides.items():
+class Worker:
+    """A process with one program in it, which does what it is told, one thing at a time."""
+
+    def __init__(self, config: Config, name: str, folder: str, dtype: str) -> None:
+        here = str(Path(__file__).resolve().parent)
+        sizes = map(str, (config.threads, config.batch_size, config.seq_len))
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", WORKER, here, name, folder, dtype, *sizes],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def ask(self, *words: str) -> Any:
+        """What :func:`serve` answers to a command.
+
+        Raises:
+            RuntimeError: the process failed; it has said why.
+        """
+        assert self._process.stdin is not None and self._process.stdout is not None
+        try:
+            print(*words, file=self._process.stdin, flush=True)
+            return json.loads(self._process.stdout.readline())
+        except (BrokenPipeError, json.JSONDecodeError):
+            raise RuntimeError(f"the process that was to {words[0]} failed") from None
+
+    def stop(self) -> None:
+        """End the process, and with it its memory."""
+        self._process.communicate()
+
+
+def serve(name: str, folder: str, dtype: str, threads: str, batch_size: str, seq_len: str) -> None:
+    """Answer the commands on stdin, one a line, with a line of JSON each.
+
+    ``loss``: of the tokens; ``step``: train, seconds; ``try NAME``: seconds of forward and backward
+    with these experts, or why not; ``use NAME``: these experts from now on; ``memory``: the most
+    bytes since ``use``, and those of the imports.
+    """
+    replies, sys.stdout = sys.stdout, sys.stderr  # what a library prints is no answer
+    import torch
+
+    if name == "pyllm":
+        import pyllm.models.transformer  # noqa: F401
+    else:
+        import transformers.models.mixtral.modeling_mixtral  # noqa: F401
+    if name != "transformers":
+        from pyllm.train.device import keep_freed_memory
+
+        keep_freed_memory()
+    torch.set_num_threads(int(threads))
+    imports = read_status("VmRSS")
+    side = load_side(name, folder, dtype)
+    ids = make_batch(side.model.config.vocab_size, int(batch_size), int(seq_len))
+    for line in sys.stdin:
+        command, *words = line.split()
+        answer: Any = None
+        if command == "loss":
+            answer = float(side.forward(ids).detach())
+        elif command == "step":
             start = time.perf_counter()
             side.step(ids)
-            if round_:
-                times[name].append(time.perf_counter() - start)
-    last = {name: float(side.forward(ids).detach()) for name, side in sides.items()}
-    found: dict[str, Any] = {
+            answer = time.perf_counter() - start
+        elif command == "try":
+            answer = try_experts(side, ids, *words)
+        elif command == "use":
+            if words:
+                side.model.set_experts_implementation(*words)
+            forget_peak()
+        elif command == "memory":
+            answer = {"imports": imports, "peak": read_status("VmHWM") - imports}
+        print(json.dumps(answer), file=replies, flush=True)
+
+
+def measure(config: Config, folders: dict[str, str], dtype: str) -> dict[str, Any]:
+    """All programs in turns on one model."""
+    workers = {name: Worker(config, name, folders[name], dtype) for name in SIDES}
+    try:
+        first = {name: worker.ask("loss") for name, worker in workers.items()}
+        check_same(first, TOLERANCE[dtype])
+        trial = {name: workers["transformers"].ask("try", name) for name in EXPERTS}
+        timed = {name: value for name, value in trial.items() if isinstance(value, float)}
+        experts = min(timed, key=lambda name: timed[name])
+        for name, worker in workers.items():
+            worker.ask("use", *([] if name == "pyllm" else [experts]))
+        times: dict[str, list[float]] = {name: [] for name in SIDES}
+        for round_ in range(config.rounds + 1):  # the first makes the optimizers' state
+            for name, worker in workers.items():
+                seconds = worker.ask("step")
+                if round_:
+                    times[name].append(seconds)
+        memory = {name: worker.ask("memory") for name, worker in workers.items()}
+        last = {name: worker.ask("loss") for name, worker in workers.items()}
+    finally:
+        for worker in workers.values():
+            worker.stop()
+    step = {name: spread(values) for name, values in times.items()}
+    tokens = config.batch_size * config.seq_len
+    return {
         "first_loss": first,
         "last_loss": last,
         "experts_trial": trial,
-        "experts_implementation": sides["transformers"].model.config._experts_implementation,
-        "step": {name: spread(values) for name, values in times.items()},
+        "experts_implementation": experts,
+        "step": step,
+        "tokens_per_second": {name: tokens / step[name]["median"] for name in SIDES},
+        "ratio": step["transformers"]["median"] / step["pyllm"]["median"],
+        "ratio_memory_kept": step[SIDES[2]]["median"] / step["pyllm"]["median"],
+        "memory": memory,
     }
-    tokens = config.batch_size * config.seq_len
-    found["tokens_per_second"] = {name: tokens / found["step"][name]["median"] for name in SIDES}
-    found["ratio"] = found["step"]["transformers"]["median"] / found["step"]["pyllm"]["median"]
-    if config.memory:
-        del sides
-        found["memory"] = {
-            name: measure_memory(config, name, folders[name], dtype, found) for name in SIDES
-        }
-    return found
 
 
 def check_same(losses: dict[str, float], tolerance: float) -> None:
-    """Do both do the same work?
+    """Do all do the same work?
 
     Raises:
         RuntimeError: their losses differ.
     """
-    ours, theirs = losses["pyllm"], losses["transformers"]
-    if not abs(ours - theirs) <= tolerance * abs(ours):
-        raise RuntimeError(
-            f"pyllm's loss {ours} and transformers' {theirs} differ by more than {tolerance:.0e}: "
-            "the two models are not the same"
-        )
+    ours = losses["pyllm"]
+    for name, theirs in losses.items():
+        if not abs(ours - theirs) <= tolerance * abs(ours):
+            raise RuntimeError(
+                f"pyllm's loss {ours} and that of {name} {theirs} differ by more than "
+                f"{tolerance:.0e}: the two models are not the same"
+            )
 
 
-def choose_experts(side: Side, ids: Any) -> dict[str, float | str]:
-    """Set the implementation of the experts whose forward and backward is fastest, the better of
-    two; seconds of each, or why it was not tried."""
-    found: dict[str, float | str] = {}
+def try_experts(side: Side, ids: Any, name: str) -> float | str:
+    """Seconds of forward and backward with this implementation of the experts, the better of two
+    after one; or why it was not tried."""
     config = side.model.config
     rows = ids.numel() * config.num_experts_per_tok * config.num_hidden_layers
-    item = side.model.dtype.itemsize
-    gathered = 3 * rows * config.hidden_size * config.intermediate_size * item
-    for name in EXPERTS:
-        if name == "batched_mm" and gathered > LARGEST_GATHER:
-            found[name] = f"not tried: copies {gathered / 2**30:.0f} GiB of experts"
-            continue
+    gathered = 3 * rows * config.hidden_size * config.intermediate_size * side.model.dtype.itemsize
+    if name == "batched_mm" and gathered > LARGEST_GATHER:
+        return f"not tried: copies {gathered / 2**30:.0f} GiB of experts"
+    seconds = []
+    try:
         side.model.set_experts_implementation(name)
-        seconds = []
-        try:
-            for _ in range(3):  # the first warms up
-                start = time.perf_counter()
-                side.forward(ids).backward()
-                seconds.append(time.perf_counter() - start)
-        except (RuntimeError, ValueError) as error:
-            found[name] = f"failed: {str(error).splitlines()[0]}"
+        for _ in range(3):
+            start = time.perf_counter()
+            side.forward(ids).backward()
+            seconds.append(time.perf_counter() - start)
+    except (RuntimeError, ValueError) as error:
+        return f"failed: {str(error).splitlines()[0]}"
+    finally:
         side.optimizer.zero_grad(set_to_none=True)
-        if name not in found:
-            found[name] = min(seconds[1:])
-    timed = {name: value for name, value in found.items() if isinstance(value, float)}
-    side.model.set_experts_implementation(min(timed, key=lambda name: timed[name]))
-    return found
+    return min(seconds[1:])
 
 
-def measure_memory(
-    config: Config, name: str, folder: str, dtype: str, found: dict[str, Any]
-) -> dict[str, int]:
-    """Bytes of a process that trains with one of the two."""
-    here = str(Path(__file__).resolve().parent)
-    sizes = (config.threads, config.batch_size, config.seq_len)
-    words = [name, folder, dtype, found["experts_implementation"], *map(str, sizes)]
-    output = subprocess.check_output([sys.executable, "-c", CHILD, here, *words], text=True)
-    grew: dict[str, int] = json.loads(output.splitlines()[-1])
-    return grew
-
-
-def grown(
-    name: str, folder: str, dtype: str, experts: str, threads: str, batch: str, length: str
-) -> dict[str, int]:
-    """How far this process grows over three steps; ``imports`` is what it had before."""
-    import torch
-
-    if name == "transformers":
-        import transformers.models.mixtral.modeling_mixtral  # noqa: F401
-    else:
-        import pyllm.models.transformer  # noqa: F401
-    torch.set_num_threads(int(threads))
-    start = peak()
-    side = load_side(name, folder, dtype)
-    if name == "transformers":
-        side.model.set_experts_implementation(experts)
-    ids = make_batch(side.model.config.vocab_size, int(batch), int(length))
-    for _ in range(3):
-        side.step(ids)
-    return {"imports": start, "peak": peak() - start}
-
-
-def peak() -> int:
-    """The most memory this process has had, in bytes; Linux."""
+def read_status(key: str) -> int:
+    """Bytes of this process: ``VmRSS`` now, ``VmHWM`` at most so far; Linux."""
     lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-    return 1024 * int(next(line.split()[1] for line in lines if line.startswith("VmHWM:")))
+    return 1024 * int(next(line.split()[1] for line in lines if line.startswith(f"{key}:")))
+
+
+def forget_peak() -> None:
+    """Let ``VmHWM`` begin anew."""
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
 
 
 def spread(times: list[float]) -> dict[str, float]:
@@ -319,16 +363,12 @@ def spread(times: list[float]) -> dict[str, float]:
 
 def describe_case(case: dict[str, Any]) -> str:
     """One line."""
-    speed = case["tokens_per_second"]
-    line = (
-        f"{case['preset']} {case['dtype']}: {speed['pyllm']:,.0f} tokens/s, transformers "
-        f"({case['experts_implementation']}) {speed['transformers']:,.0f}, ratio "
-        f"{case['ratio']:.2f}"
+    speed = ", ".join(f"{name} {rate:,.0f}" for name, rate in case["tokens_per_second"].items())
+    memory = ", ".join(f"{grew['peak'] / 1e6:,.0f}" for grew in case["memory"].values())
+    return (
+        f"{case['preset']} {case['dtype']} ({case['experts_implementation']}): {speed} tokens/s; "
+        f"ratio {case['ratio']:.2f}, {case['ratio_memory_kept']:.2f} with memory kept; {memory} MB"
     )
-    if "memory" in case:
-        peaks = [f"{case['memory'][name]['peak'] / 2**20:,.0f} MiB" for name in SIDES]
-        line += f"; memory {' and '.join(peaks)}"
-    return line
 
 
 if __name__ == "__main__":
