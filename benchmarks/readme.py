@@ -153,6 +153,39 @@ def training() -> list[str]:
     return [*lines, "", machine_line(path, content["machine"]), ""]
 
 
+def growth() -> list[str]:
+    """What a unit of work costs as one size grows."""
+    found = newest("growth")
+    if found is None:
+        return []
+    path, content = found
+    missed = [table for table in content["tables"] if not table["holds"]]
+    lines = [
+        "What a unit of work costs as one size grows and the others stay those of a layer of "
+        f"`moe-158m`, on {content['threads']} threads: picoseconds for each floating-point "
+        "operation, or byte where memory limits. The target is that the largest size costs no "
+        f"more than {content['limit']} times the best: {len(content['tables']) - len(missed)} of "
+        f"{len(content['tables'])} rows meet it.",
+        "",
+    ]
+    for axis in dict.fromkeys(table["axis"] for table in content["tables"]):
+        tables = [table for table in content["tables"] if table["axis"] == axis]
+        sizes = [f"{row['size']:,}" for row in tables[0]["rows"]]
+        lines += [
+            f"| by {axis} | dtype | pass | of each | {' | '.join(sizes)} | largest / best |",
+            "|---|---|---|---|" + "---|" * (len(sizes) + 1),
+        ]
+        for table in tables:
+            costs = " | ".join(f"{row['cost'] * 1e12:.3g}" for row in table["rows"])
+            ratio = f"{table['ratio']:.2f}" if table["holds"] else f"**{table['ratio']:.2f}**"
+            lines.append(
+                f"| {table['name']} | {table['dtype']} | {table['stage']} "
+                f"| {'FLOP' if table['unit'] == 'flops' else 'byte'} | {costs} | {ratio} |"
+            )
+        lines.append("")
+    return [*lines, machine_line(path, content["machine"]), ""]
+
+
 def decoding() -> list[str]:
     """Writing and reading a prompt beside llama.cpp, and what writing takes in memory."""
     lines = []
@@ -269,7 +302,7 @@ def sparsity() -> list[str]:
 
 def render() -> str:
     """The block, with its marks."""
-    parts = (stories, sparsity, scaling, training, decoding, presets, operations)
+    parts = (stories, sparsity, scaling, training, decoding, presets, operations, growth)
     return "\n".join([BEGIN, "", *(line for part in parts for line in part()), END])
 
 
