@@ -134,12 +134,15 @@ def _degenerate(sizes: Sizes) -> frozenset[str]:
 
 
 def _work(sizes: Sizes, item: int) -> tuple[float, float]:
-    rows = sizes["B"] * sizes["T"] * sizes["H"]
-    seen = sizes["S"] - (sizes["T"] - 1) / 2 if sizes["causal"] else sizes["S"]
-    if sizes["window"]:
-        seen = min(seen, sizes["window"] + sizes.get("sinks", 0))
-    keys = sizes["B"] * sizes["S"] * sizes["G"]
-    return 4.0 * rows * seen * sizes["K"], item * 2.0 * sizes["K"] * (rows + keys)
+    tokens, keys = sizes["T"], sizes["S"]
+    most = min(keys, sizes["window"] + sizes.get("sinks", 0)) if sizes["window"] else keys
+    if sizes["causal"]:
+        pairs = sum(min(max(keys - tokens + 1 + t, 0), most) for t in range(tokens))
+    else:
+        pairs = tokens * keys
+    heads = sizes["B"] * sizes["H"]
+    moved = tokens * heads + keys * sizes["B"] * sizes["G"]
+    return 4.0 * heads * pairs * sizes["K"], item * 2.0 * sizes["K"] * moved
 
 
 ATTENTION = Operation(
