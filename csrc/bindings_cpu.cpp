@@ -189,9 +189,8 @@ PYBIND11_MODULE(_cpu, module) {
   PYLLM_DEFINE(route_topk_forward);
   PYLLM_DEFINE(route_topk_backward);
   PYLLM_DEFINE(rope);
-  PYLLM_DEFINE(cross_entropy_forward);
-  PYLLM_DEFINE(cross_entropy_backward);
-  PYLLM_DEFINE(accumulate);
+  PYLLM_DEFINE(linear_cross_entropy_forward);
+  PYLLM_DEFINE(linear_cross_entropy_backward);
   PYLLM_DEFINE(attention_forward);
   PYLLM_DEFINE(attention_backward);
   PYLLM_DEFINE(kv_append);

@@ -9,7 +9,6 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
-#include <cstring>
 
 #include "cpu/activation.h"
 #include "cpu/kernels.h"
@@ -18,12 +17,10 @@
 #include "cpu/scratch.h"
 #include "cpu/team.h"
 #include "cpu/tile.h"
+#include "cpu/tile_results.h"
 
 namespace pyllm::PYLLM_ISA {
 namespace {
-
-// Bytes of a group's scratch: a share of the cache that all threads read.
-constexpr std::int64_t kGroupBytes = 8 << 20;
 
 template <class Storage>
 struct Network {
@@ -61,53 +58,6 @@ Network<Storage> network(DType dtype, const void* x, const void* w_in, const voi
           static_cast<I>(order),
           static_cast<I>(position),
           static_cast<I>(offsets)};
-}
-
-// The sums of a tile as numbers of `Storage`, to rows that lie `stride` apart.
-template <class Storage>
-void put_rows(const Wide<Storage>* sums, int rows, std::int64_t n, Storage* to,
-              std::int64_t stride) {
-  constexpr int columns = kTileColumns<Storage>;
-  for (int r = 0; r < rows; ++r) {
-    const Wide<Storage>* __restrict from = sums + r * columns;
-    Storage* __restrict out = to + r * stride;
-    if (n == columns) {
-      for (int i = 0; i < columns; ++i) out[i] = narrow<Storage>(from[i]);
-    } else {
-      for (std::int64_t i = 0; i < n; ++i) out[i] = narrow<Storage>(from[i]);
-    }
-  }
-}
-
-// The same past the cache, for what is larger than it: a line that is written whole need not be
-// read.
-template <class Storage>
-void stream_rows(const Wide<Storage>* sums, int rows, std::int64_t n, Storage* to,
-                 std::int64_t stride) {
-#if defined(__AVX512F__)
-  constexpr int columns = kTileColumns<Storage>;
-  constexpr int kBytes = columns * sizeof(Storage);
-  const auto at = reinterpret_cast<std::uintptr_t>(to) | stride * sizeof(Storage);
-  if (n == columns && at % 64 == 0) {
-    for (int r = 0; r < rows; ++r) {
-      alignas(64) Storage row[columns];
-      for (int i = 0; i < columns; ++i) row[i] = narrow<Storage>(sums[r * columns + i]);
-      for (int b = 0; b < kBytes; b += 64) {
-        const auto* from = reinterpret_cast<const char*>(row) + b;
-        auto* out = reinterpret_cast<char*>(to + r * stride) + b;
-        _mm512_stream_si512(reinterpret_cast<__m512i*>(out), _mm512_load_si512(from));
-      }
-    }
-    return;
-  }
-#endif
-  put_rows(sums, rows, n, to, stride);
-}
-
-inline void end_stream() {
-#if defined(__AVX512F__)
-  _mm_sfence();
-#endif
 }
 
 // Packs the lines of a panel whose columns are rows of weights: `n` from `first` on, and for a
@@ -197,7 +147,8 @@ void first_product(const Network<Storage>& net, const ExpertGroup& group, std::i
 }
 
 template <class Activation, class Storage>
-void forward(const Network<Storage>& net, Storage* pre, Storage* y, int n_threads) {
+void forward(const Network<Storage>& net, Storage* pre, Storage* y, std::int64_t group_bytes,
+             int n_threads) {
   using U = Unit<Storage>;
   constexpr int columns = kTileColumns<Storage>, half = columns / Activation::columns;
   const std::int64_t width = net.width, hidden = net.hidden, n_rows = net.n_rows();
@@ -205,7 +156,7 @@ void forward(const Network<Storage>& net, Storage* pre, Storage* y, int n_thread
   const std::int64_t in_panels = (hidden + half - 1) / half;
   const std::int64_t out_panels = (width + columns - 1) / columns;
   const std::int64_t row_bytes = (width + 2 * hidden) * static_cast<std::int64_t>(sizeof(U));
-  const std::int64_t most = kGroupBytes / row_bytes;
+  const std::int64_t most = group_bytes / row_bytes;
   const std::int64_t panel = std::max(in_steps, out_steps) * columns;
   const GroupSizes sizes(net.offsets, net.n_experts, most);
   prefer_large_pages(pre, n_rows * Activation::columns * hidden * sizeof(Storage));
@@ -296,33 +247,6 @@ void activate_backward(const Network<Storage>& net, const Wide<Storage>* sums, c
   }
 }
 
-// packed: [group of kTileRows lines][step][line] of columns [0, n_lines) of an expert's rows.
-template <class Storage, class Rows>
-void pack_columns(const Rows& rows, std::int64_t n_rows, std::int64_t group, std::int64_t n_lines,
-                  Unit<Storage>* packed) {
-  const std::int64_t first = group * kTileRows;
-  const int n = static_cast<int>(std::min<std::int64_t>(kTileRows, n_lines - first));
-  pack_steps<kTileRows, Storage>([&](std::int64_t k) { return rows(k) + first; }, n, n_rows,
-                                 packed + group * steps_of<Storage>(n_rows) * kTileRows);
-}
-
-// One panel of columns of an expert's weight gradient: the sum over its rows of left times right.
-// left: all columns packed by pack_columns. right: rows(k) is row k from the panel's column on.
-template <class Storage, class Rows>
-void weight_gradient(const Unit<Storage>* left, std::int64_t n_lines, const Rows& right,
-                     std::int64_t n_rows, int n, Unit<Storage>* panel, Storage* out,
-                     std::int64_t stride) {
-  alignas(64) Wide<Storage> sums[kTileRows * kTileColumns<Storage>];
-  const std::int64_t steps = steps_of<Storage>(n_rows);
-  pack_steps<kTileColumns<Storage>, Storage>(right, n, n_rows, panel);
-  for (std::int64_t line = 0; line < n_lines; line += kTileRows) {
-    const int rows = static_cast<int>(std::min<std::int64_t>(kTileRows, n_lines - line));
-    tile_products(rows, left + line * steps, panel, steps, sums);
-    stream_rows(sums, rows, n, out + line * stride, stride);
-  }
-  end_stream();
-}
-
 template <class Storage>
 struct BackwardScratch {
   Unit<Storage>*dy_packed, *dy_columns, *dpre_packed, *dpre_columns, *panels;
@@ -332,7 +256,8 @@ struct BackwardScratch {
 
 template <class Activation, class Storage>
 void backward(const Network<Storage>& net, const Storage* dy, const Storage* pre, Storage* dx,
-              Storage* dw_in, Storage* dw_out, Wide<Storage>* dweights, int n_threads) {
+              Storage* dw_in, Storage* dw_out, Wide<Storage>* dweights, std::int64_t group_bytes,
+              int n_threads) {
   using W = Wide<Storage>;
   using U = Unit<Storage>;
   constexpr int columns = kTileColumns<Storage>;
@@ -345,7 +270,7 @@ void backward(const Network<Storage>& net, const Storage* dy, const Storage* pre
   const std::int64_t wide_groups = (wide + kTileRows - 1) / kTileRows;
   const std::int64_t row_bytes =
       (2 * width + 3 * wide + hidden) * static_cast<std::int64_t>(sizeof(U));
-  const std::int64_t most = kGroupBytes / row_bytes;
+  const std::int64_t most = group_bytes / row_bytes;
   const GroupSizes sizes(net.offsets, net.n_experts, most);
   const std::int64_t panel =
       std::max({y_steps, pre_steps, sizes.template steps<Storage>()}) * columns;
@@ -467,13 +392,13 @@ void moe_ffn_forward(DType dtype, bool gated, const void* x, const void* w_in, c
                      const void* weights, const void* order, const void* position,
                      const void* offsets, void* pre, void* y, std::int64_t n_tokens,
                      std::int64_t top_k, std::int64_t n_experts, std::int64_t width,
-                     std::int64_t hidden, int n_threads) {
+                     std::int64_t hidden, std::int64_t group_bytes, int n_threads) {
   with_storage(dtype, [=](auto storage) {
     using S = decltype(storage);
     const auto net = network<S>(dtype, x, w_in, w_out, weights, order, position, offsets, n_tokens,
                                 top_k, n_experts, width, hidden);
     const auto run = gated ? forward<SwiGlu, S> : forward<Gelu, S>;
-    run(net, static_cast<S*>(pre), static_cast<S*>(y), n_threads);
+    run(net, static_cast<S*>(pre), static_cast<S*>(y), group_bytes, n_threads);
   });
 }
 
@@ -482,7 +407,7 @@ void moe_ffn_backward(DType dtype, bool gated, const void* dy, const void* x, co
                       const void* position, const void* offsets, void* dx, void* dw_in,
                       void* dw_out, void* dweights, std::int64_t n_tokens, std::int64_t top_k,
                       std::int64_t n_experts, std::int64_t width, std::int64_t hidden,
-                      int n_threads) {
+                      std::int64_t group_bytes, int n_threads) {
   with_storage(dtype, [=](auto storage) {
     using S = decltype(storage);
     const auto net = network<S>(dtype, x, w_in, w_out, weights, order, position, offsets, n_tokens,
@@ -490,7 +415,7 @@ void moe_ffn_backward(DType dtype, bool gated, const void* dy, const void* x, co
     const auto run = gated ? backward<SwiGlu, S> : backward<Gelu, S>;
     run(net, static_cast<const S*>(dy), static_cast<const S*>(pre), static_cast<S*>(dx),
         static_cast<S*>(dw_in), static_cast<S*>(dw_out), static_cast<Wide<S>*>(dweights),
-        n_threads);
+        group_bytes, n_threads);
   });
 }
 

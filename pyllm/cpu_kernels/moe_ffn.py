@@ -6,6 +6,9 @@ from torch import Tensor
 from pyllm.cpu_kernels._launch import accumulator, dtype_code, extension, ready, require_range
 from pyllm.cpu_kernels._routing import sort_by_expert
 
+GROUP_BYTES = 8 << 20
+"""Scratch of the experts that are worked on together: a share of the cache all threads read."""
+
 
 def moe_ffn_forward(
     x_ND: Tensor,
@@ -38,6 +41,7 @@ def moe_ffn_forward(
         x_ND.shape[0],
         experts_NA.shape[1],
         *w_out_EDF.shape,
+        GROUP_BYTES,
         torch.get_num_threads(),
     )
     return y_ND, pre_RF, order_R, position_NA, offsets_E1
@@ -86,6 +90,7 @@ def moe_ffn_backward(
         x_ND.shape[0],
         weights_NA.shape[1],
         *w_out_EDF.shape,
+        GROUP_BYTES,
         torch.get_num_threads(),
     )
     return dx_ND, dw_in, dw_out, dweights_NA.to(weights_NA.dtype)
