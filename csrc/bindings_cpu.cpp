@@ -16,6 +16,7 @@
 #include "cpu/isa.h"
 #include "cpu/kernels.h"
 #include "cpu/parallel.h"
+#include "tensor_view.h"
 
 namespace py = pybind11;
 
@@ -160,6 +161,84 @@ void define_plan(py::module_& module) {
   module.attr("WEIGHT_TYPES") = types;
 }
 
+// The dtype code of floating point in a view; -1 of anything else.
+int float_code(const pyllm::TensorView& view) {
+  using pyllm::DType;
+  if (view.is(pyllm::kFloatKind, 32)) return static_cast<int>(DType::float32);
+  if (view.is(pyllm::kFloatKind, 64)) return static_cast<int>(DType::float64);
+  if (view.is(pyllm::kFloatKind, 16)) return static_cast<int>(DType::float16);
+  if (view.is(pyllm::kBFloatKind, 16)) return static_cast<int>(DType::bfloat16);
+  return -1;
+}
+
+// int8_linear for the tensors that it nearly always gets: of exactly the class torch.Tensor, on the
+// CPU, contiguous, the scale in the type sums are kept in, with shapes that fit. The result in a
+// new tensor made by `empty`, which is torch's; None for anything else, which goes the longer way.
+class Int8Linear {
+ public:
+  Int8Linear(py::object tensor_class, py::object empty)
+      : class_(std::move(tensor_class)),
+        empty_(std::move(empty)),
+        functions_(pyllm::tensor_functions(class_.ptr())) {}
+
+  py::object operator()(py::handle x, py::handle weight, py::handle scale, bool quantize,
+                        int n_threads) const {
+    pyllm::TensorView x_view, weight_view, scale_view;
+    if (!view(x, x_view) || !view(weight, weight_view) || !view(scale, scale_view)) {
+      return py::none();
+    }
+    const int code = float_code(x_view);
+    const int scale_bits = code == static_cast<int>(pyllm::DType::float64) ? 64 : 32;
+    if (code < 0 || !x_view.is_plain(2) || !weight_view.is(pyllm::kIntKind, 8) ||
+        !weight_view.is_plain(2) || !scale_view.is(pyllm::kFloatKind, scale_bits) ||
+        !scale_view.is_plain(1)) {
+      return py::none();
+    }
+    const std::int64_t rows = x_view.sizes[0], width = x_view.sizes[1];
+    const std::int64_t features = weight_view.sizes[0];
+    constexpr std::int64_t kLargestWidth = (std::int64_t{1} << 31) / (128 * 127);
+    if (width != weight_view.sizes[1] || features != scale_view.sizes[0] || width < 1 ||
+        features < 1 || (quantize && width > kLargestWidth)) {
+      return py::none();
+    }
+    const py::object y = new_matrix(rows, features, x);
+    pyllm::TensorView y_view;
+    if (!view(y, y_view) || !y_view.is_plain(2)) return py::none();
+    {
+      const py::gil_scoped_release release;
+      PYLLM_PICK(int8_linear)(dtype_of(code), quantize, x_view.data, weight_view.data,
+                              scale_view.data, y_view.data, rows, features, width, n_threads);
+    }
+    return y;
+  }
+
+ private:
+  bool view(py::handle tensor, pyllm::TensorView& view) const {
+    if (functions_ == nullptr || Py_TYPE(tensor.ptr()) != class_type()) return false;
+    if (functions_->view(tensor.ptr(), &view) == 0) return true;
+    PyErr_Clear();  // a tensor without memory, for example a sparse one
+    return false;
+  }
+
+  // empty(rows, features, dtype=like.dtype), without what pybind11 takes for a call.
+  py::object new_matrix(std::int64_t rows, std::int64_t features, py::handle like) const {
+    const py::int_ first(rows), second(features);
+    const auto dtype = py::reinterpret_steal<py::object>(
+        PyObject_GetAttr(like.ptr(), PyTuple_GET_ITEM(names_.ptr(), 0)));
+    if (!dtype) throw py::error_already_set();
+    PyObject* const arguments[] = {first.ptr(), second.ptr(), dtype.ptr()};
+    PyObject* const made = PyObject_Vectorcall(empty_.ptr(), arguments, 2, names_.ptr());
+    if (made == nullptr) throw py::error_already_set();
+    return py::reinterpret_steal<py::object>(made);
+  }
+
+  PyTypeObject* class_type() const { return reinterpret_cast<PyTypeObject*>(class_.ptr()); }
+
+  const py::object class_, empty_;
+  const py::tuple names_ = py::make_tuple("dtype");
+  const pyllm::TensorFunctions* const functions_;
+};
+
 }  // namespace
 
 PYBIND11_MODULE(_cpu, module) {
@@ -196,5 +275,8 @@ PYBIND11_MODULE(_cpu, module) {
   PYLLM_DEFINE(kv_append);
   PYLLM_DEFINE(decode_attention);
   PYLLM_DEFINE(int8_linear);
+  py::class_<Int8Linear>(module, "Int8Linear")
+      .def(py::init<py::object, py::object>(), py::arg("tensor_class"), py::arg("empty"))
+      .def("__call__", &Int8Linear::operator());
   define_plan(module);
 }

@@ -104,9 +104,9 @@ inline void choose_experts(const Plan& plan, const PlanLayer& layer, const float
     for (int k = 0; k < kFeatures; ++k) {
       w[k] = layer.router + (e + std::min<std::int64_t>(k, n_here - 1)) * width;
     }
-    float sums[1][kFeatures];
-    float_dots<1>(&x, w, width, sums);
-    for (std::int64_t k = 0; k < n_here; ++k) scores[e + k] = logits[e + k] = sums[0][k];
+    float sums[kFeatures];
+    float_dots<1>(&x, w, width, sums, kFeatures);
+    for (std::int64_t k = 0; k < n_here; ++k) scores[e + k] = logits[e + k] = sums[k];
   }
   if (layer.router_bias != nullptr) {  // it is added to the probabilities
     const float largest = *std::max_element(logits, logits + n_experts);

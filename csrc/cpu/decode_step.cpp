@@ -434,12 +434,9 @@ void run_step(Plan& plan, const Step& step) {
   std::int64_t n_tokens = 0;
   for (std::int64_t b = 0; b < step.batch; ++b) n_tokens += step.counts[b];
   if (n_tokens == 0) return;
-  constexpr std::int64_t kAlign = 64;
   const Pass<Weight, Cached> measured(plan, step, n_tokens, {nullptr});
-  char* const memory = plan.reserve(measured.used + kAlign);
-  const auto address = reinterpret_cast<std::uintptr_t>(memory);
-  char* const base = memory + (kAlign - address % kAlign) % kAlign;
-  Pass<Weight, Cached> pass(plan, step, n_tokens, {base});
+  char* const memory = plan.reserve(measured.used + kLineBytes);
+  Pass<Weight, Cached> pass(plan, step, n_tokens, {at_line(memory)});
   Team team(kLoopsPerLayer * static_cast<std::int64_t>(plan.layers.size()) + kOtherLoops);
   team.run(step.n_threads, [&](Team::Member& member) { pass.run(member); });
 }

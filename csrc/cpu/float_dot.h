@@ -6,6 +6,7 @@
 #include <cstring>
 
 #include "cpu/ahead.h"
+#include "cpu/count.h"
 #include "cpu/numeric.h"
 
 namespace pyllm::PYLLM_ISA {
@@ -60,10 +61,10 @@ inline float sum_lanes(const FloatVector& vector) {
   return lanes[0];
 }
 
-// sums[t][f] = sum_d x[t][d] * rows[f][d].
+// sums[t * stride + f] = sum_d x[t][d] * rows[f][d].
 template <int tokens, class Weight>
 inline void float_dots(const float* const* x, const Weight* const* rows, std::int64_t width,
-                       float (*sums)[kDotFeatures]) {
+                       float* sums, std::int64_t stride) {
   FloatVector acc[tokens][kDotFeatures];
 #pragma GCC unroll 6
   for (int t = 0; t < tokens; ++t) {
@@ -108,28 +109,16 @@ inline void float_dots(const float* const* x, const Weight* const* rows, std::in
 #pragma GCC unroll 6
   for (int t = 0; t < tokens; ++t) {
 #pragma GCC unroll 4
-    for (int f = 0; f < kDotFeatures; ++f) sums[t][f] = sum_lanes(acc[t][f]);
+    for (int f = 0; f < kDotFeatures; ++f) sums[t * stride + f] = sum_lanes(acc[t][f]);
   }
 }
 
 // The same for a token count that is known at run time only, up to kDotTokens.
 template <class Weight>
 inline void float_dots(int tokens, const float* const* x, const Weight* const* rows,
-                       std::int64_t width, float (*sums)[kDotFeatures]) {
-  switch (tokens) {
-#define PYLLM_CASE(n) \
-  case n:             \
-    return float_dots<n>(x, rows, width, sums);
-    PYLLM_CASE(1)
-    PYLLM_CASE(2)
-#if defined(__AVX512F__)
-    PYLLM_CASE(3)
-    PYLLM_CASE(4)
-    PYLLM_CASE(5)
-    PYLLM_CASE(6)
-#endif
-#undef PYLLM_CASE
-  }
+                       std::int64_t width, float* sums, std::int64_t stride) {
+  with_count<kDotTokens>(tokens,
+                         [=](auto count) { float_dots<count>(x, rows, width, sums, stride); });
 }
 
 }  // namespace

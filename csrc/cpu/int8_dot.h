@@ -17,6 +17,7 @@
 #include <cstring>
 
 #include "cpu/ahead.h"
+#include "cpu/count.h"
 #include "cpu/numeric.h"
 
 #if defined(__AVX2__)
@@ -104,33 +105,76 @@ inline void prepare_int8_row(const Storage* __restrict x, std::int64_t width, ch
   std::memcpy(row, &header, sizeof header);
 }
 
-// sums[t][f] = sum_d x[t][d] * rows[f][d]. x: prepared rows.
-template <int tokens>
-inline void int8_dots(const char* const* x, const std::int8_t* const* rows, std::int64_t width,
-                      std::int32_t (*sums)[kInt8Features]) {
 #if defined(__AVX512VNNI__)
+// The first n bytes of a vector, all where n is larger.
+inline __mmask64 mask_of(std::int64_t n) {
+  return n >= kInt8Pad ? ~__mmask64{0} : (__mmask64{1} << n) - 1;
+}
+
+// One row of weights: acc[t] = its products with x[t], in 16 sums.
+template <int tokens>
+inline void dot_row(const char* const* x, const std::int8_t* row, std::int64_t width,
+                    __m512i (&acc)[tokens]) {
   const __m512i flip = _mm512_set1_epi8(static_cast<char>(0x80));
-  __m512i acc[tokens][kInt8Features];
-#pragma GCC unroll 6
-  for (int t = 0; t < tokens; ++t) {
-#pragma GCC unroll 4
-    for (int f = 0; f < kInt8Features; ++f) acc[t][f] = _mm512_setzero_si512();
+  // Two sums of a token: each waits for the one before it.
+  __m512i other[tokens];
+#pragma GCC unroll 2
+  for (int t = 0; t < tokens; ++t) acc[t] = other[t] = _mm512_setzero_si512();
+  const std::int64_t pairs = width / (2 * kInt8Pad) * (2 * kInt8Pad);
+  for (std::int64_t d = 0; d < pairs; d += 2 * kInt8Pad) {
+    fetch_ahead(row + d);
+    fetch_ahead(row + d + kInt8Pad);
+    const __m512i w = _mm512_xor_si512(_mm512_loadu_si512(row + d), flip);
+    const __m512i next = _mm512_xor_si512(_mm512_loadu_si512(row + d + kInt8Pad), flip);
+#pragma GCC unroll 2
+    for (int t = 0; t < tokens; ++t) {
+      add_fours(acc[t], w, _mm512_load_si512(numbers_of(x[t]) + d));
+      add_fours(other[t], next, _mm512_load_si512(numbers_of(x[t]) + d + kInt8Pad));
+    }
   }
-  const std::int64_t whole = width / kInt8Pad * kInt8Pad;
-  if (tokens <= kFewTokens) {
+  for (std::int64_t d = pairs; d < width; d += kInt8Pad) {
+    const __m512i w = _mm512_xor_si512(_mm512_maskz_loadu_epi8(mask_of(width - d), row + d), flip);
+#pragma GCC unroll 2
+    for (int t = 0; t < tokens; ++t) {
+      add_fours(acc[t], w, _mm512_load_si512(numbers_of(x[t]) + d));
+    }
+  }
+#pragma GCC unroll 2
+  for (int t = 0; t < tokens; ++t) acc[t] = _mm512_add_epi32(acc[t], other[t]);
+}
+
+// Four vectors of 16 partial sums to one of four sums.
+inline __m128i sum_each(__m512i a, __m512i b, __m512i c, __m512i d) {
+  const __m512i ab = _mm512_add_epi32(_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b));
+  const __m512i cd = _mm512_add_epi32(_mm512_unpacklo_epi32(c, d), _mm512_unpackhi_epi32(c, d));
+  const __m512i abcd =
+      _mm512_add_epi32(_mm512_unpacklo_epi64(ab, cd), _mm512_unpackhi_epi64(ab, cd));
+  const __m256i half =
+      _mm256_add_epi32(_mm512_castsi512_si256(abcd), _mm512_extracti64x4_epi64(abcd, 1));
+  return _mm_add_epi32(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
+}
+#endif
+
+// sums[t * stride + f] = sum_d x[t][d] * rows[f][d] for four rows. x: prepared rows. streamed: no
+// cache holds the weights, which are read row by row (see ahead.h).
+template <int tokens, bool streamed>
+__attribute__((always_inline)) inline void int8_dots(const char* const* x,
+                                                     const std::int8_t* const* rows,
+                                                     std::int64_t width, std::int32_t* sums,
+                                                     std::int64_t stride) {
+#if defined(__AVX512VNNI__)
+  __m512i acc[kInt8Features][tokens];
+  if constexpr (streamed) {
+#pragma GCC unroll 4
+    for (int f = 0; f < kInt8Features; ++f) dot_row<tokens>(x, rows[f], width, acc[f]);
+  } else {
+    const __m512i flip = _mm512_set1_epi8(static_cast<char>(0x80));
 #pragma GCC unroll 4
     for (int f = 0; f < kInt8Features; ++f) {
-      for (std::int64_t d = 0; d < whole; d += kInt8Pad) {
-        fetch_ahead(rows[f] + d);
-        const __m512i w = _mm512_xor_si512(_mm512_loadu_si512(rows[f] + d), flip);
 #pragma GCC unroll 6
-        for (int t = 0; t < tokens; ++t) {
-          const __m512i x_t = _mm512_load_si512(numbers_of(x[t]) + d);
-          add_fours(acc[t][f], w, x_t);
-        }
-      }
+      for (int t = 0; t < tokens; ++t) acc[f][t] = _mm512_setzero_si512();
     }
-  } else {
+    const std::int64_t whole = width / kInt8Pad * kInt8Pad;
     for (std::int64_t d = 0; d < whole; d += kInt8Pad) {
       __m512i w[kInt8Features];
 #pragma GCC unroll 4
@@ -141,37 +185,27 @@ inline void int8_dots(const char* const* x, const std::int8_t* const* rows, std:
       for (int t = 0; t < tokens; ++t) {
         const __m512i x_t = _mm512_load_si512(numbers_of(x[t]) + d);
 #pragma GCC unroll 4
-        for (int f = 0; f < kInt8Features; ++f) add_fours(acc[t][f], w[f], x_t);
+        for (int f = 0; f < kInt8Features; ++f) add_fours(acc[f][t], w[f], x_t);
       }
     }
-  }
-  if (whole < width) {
-    const __mmask64 mask = (std::uint64_t{1} << (width - whole)) - 1;
+    if (whole < width) {
+      const __mmask64 mask = mask_of(width - whole);
 #pragma GCC unroll 4
-    for (int f = 0; f < kInt8Features; ++f) {
-      const __m512i w = _mm512_xor_si512(_mm512_maskz_loadu_epi8(mask, rows[f] + whole), flip);
+      for (int f = 0; f < kInt8Features; ++f) {
+        const __m512i w = _mm512_xor_si512(_mm512_maskz_loadu_epi8(mask, rows[f] + whole), flip);
 #pragma GCC unroll 6
-      for (int t = 0; t < tokens; ++t) {
-        add_fours(acc[t][f], w, _mm512_load_si512(numbers_of(x[t]) + whole));
+        for (int t = 0; t < tokens; ++t) {
+          add_fours(acc[f][t], w, _mm512_load_si512(numbers_of(x[t]) + whole));
+        }
       }
     }
   }
 #pragma GCC unroll 6
   for (int t = 0; t < tokens; ++t) {
-    // Four vectors of 16 partial sums to one of four sums.
-    const __m512i* a = acc[t];
-    const __m512i ab =
-        _mm512_add_epi32(_mm512_unpacklo_epi32(a[0], a[1]), _mm512_unpackhi_epi32(a[0], a[1]));
-    const __m512i cd =
-        _mm512_add_epi32(_mm512_unpacklo_epi32(a[2], a[3]), _mm512_unpackhi_epi32(a[2], a[3]));
-    const __m512i abcd =
-        _mm512_add_epi32(_mm512_unpacklo_epi64(ab, cd), _mm512_unpackhi_epi64(ab, cd));
-    const __m256i half =
-        _mm256_add_epi32(_mm512_castsi512_si256(abcd), _mm512_extracti64x4_epi64(abcd, 1));
-    const __m128i four =
-        _mm_add_epi32(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
+    const __m128i four = sum_each(acc[0][t], acc[1][t], acc[2][t], acc[3][t]);
     const __m128i correction = _mm_set1_epi32(header_of(x[t]).correction);
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(sums[t]), _mm_sub_epi32(four, correction));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(sums + t * stride),
+                     _mm_sub_epi32(four, correction));
   }
 #elif defined(__AVX2__)
   __m256i acc[tokens][kInt8Features];
@@ -184,7 +218,7 @@ inline void int8_dots(const char* const* x, const std::int8_t* const* rows, std:
     return _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
   };
   const std::int64_t whole = width / 16 * 16;
-  if (tokens <= kFewTokens) {
+  if constexpr (streamed) {
 #pragma GCC unroll 4
     for (int f = 0; f < kInt8Features; ++f) {
       for (std::int64_t d = 0; d < whole; d += 16) {
@@ -235,7 +269,7 @@ inline void int8_dots(const char* const* x, const std::int8_t* const* rows, std:
         _mm256_hadd_epi32(_mm256_hadd_epi32(a[0], a[1]), _mm256_hadd_epi32(a[2], a[3]));
     const __m128i four =
         _mm_add_epi32(_mm256_castsi256_si128(abcd), _mm256_extracti128_si256(abcd, 1));
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(sums[t]), four);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(sums + t * stride), four);
   }
 #else
   for (int t = 0; t < tokens; ++t) {
@@ -247,31 +281,36 @@ inline void int8_dots(const char* const* x, const std::int8_t* const* rows, std:
       for (std::int64_t d = 0; d < width; ++d) {
         sum += static_cast<std::int16_t>(row[d]) * numbers[d];
       }
-      sums[t][f] = sum;
+      sums[t * stride + f] = sum;
     }
   }
 #endif
 }
 
-// The same for a token count that is known at run time only, up to kInt8Tokens.
-inline void int8_dots(int tokens, const char* const* x, const std::int8_t* const* rows,
-                      std::int64_t width, std::int32_t (*sums)[kInt8Features]) {
-  switch (tokens) {
-#define PYLLM_CASE(n) \
-  case n:             \
-    return int8_dots<n>(x, rows, width, sums);
-    PYLLM_CASE(1)
-#if defined(__AVX2__)
-    PYLLM_CASE(2)
-#endif
-#if defined(__AVX512VNNI__)
-    PYLLM_CASE(3)
-    PYLLM_CASE(4)
-    PYLLM_CASE(5)
-    PYLLM_CASE(6)
-#endif
-#undef PYLLM_CASE
+// The same for n_groups times four rows. Not inlined: in some callers GCC 12 keeps the sums on the
+// stack.
+template <int tokens, bool streamed>
+__attribute__((noinline)) void int8_groups(const char* const* x, const std::int8_t* const* rows,
+                                           int n_groups, std::int64_t width, std::int32_t* sums,
+                                           std::int64_t stride) {
+  for (int g = 0; g < n_groups; ++g) {
+    int8_dots<tokens, streamed>(x, rows + g * kInt8Features, width, sums + g * kInt8Features,
+                                stride);
   }
+}
+
+// The same for a token count that is known at run time only, up to kInt8Tokens.
+inline void int8_groups(int tokens, const char* const* x, const std::int8_t* const* rows,
+                        int n_groups, std::int64_t width, bool streamed, std::int32_t* sums,
+                        std::int64_t stride) {
+  with_count<kInt8Tokens>(tokens, [=](auto count) {
+    if constexpr (count <= kFewTokens) {
+      if (streamed) {
+        return int8_groups<count, true>(x, rows, n_groups, width, sums, stride);
+      }
+    }
+    int8_groups<count, false>(x, rows, n_groups, width, sums, stride);
+  });
 }
 
 }  // namespace

@@ -2,7 +2,9 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <cstring>
 
+#include "cpu/count.h"
 #include "cpu/int8_dot.h"
 #include "cpu/kernels.h"
 #include "cpu/numeric.h"
@@ -14,8 +16,8 @@ namespace {
 
 // Products in a range of weight rows handed to a thread: about 5 us.
 constexpr std::int64_t kProductsPerRange = per_range(1 << 19);
-// Elements quantised in a range of rows.
-constexpr std::int64_t kElementsPerRange = per_range(32768);
+// Elements quantised in a range of rows: about 1 us.
+constexpr std::int64_t kElementsPerRange = per_range(8192);
 
 // Weight rows in a range: a multiple of the features of a tile.
 std::int64_t features_per_range(std::int64_t rows, std::int64_t width) {
@@ -45,7 +47,7 @@ void multiply_tile(const Layer<Storage>& layer, const char* prepared, std::int64
     const char* x[kInt8Tokens];
     for (int i = 0; i < m; ++i) x[i] = prepared + (row + i) * row_bytes;
     std::int32_t sums[kInt8Tokens][kInt8Features];
-    int8_dots(m, x, w, layer.width, sums);
+    int8_groups(m, x, w, 1, layer.width, true, sums[0], kInt8Features);
     for (int i = 0; i < m; ++i) {
       const W scale = header_of(x[i]).scale;
       Storage* to = layer.y + (row + i) * layer.features + f;
@@ -66,26 +68,43 @@ void multiply_features(const Layer<Storage>& layer, const char* prepared, std::i
       end - begin, [=](std::int64_t f) { return first + f * layer.width; }, rows,
       [=](std::int64_t row) { return prepared + row * row_bytes; }, layer.width,
       [=](std::int64_t row, std::int64_t f, const float* sums, std::int64_t n) {
-        Storage* to = layer.y + row * layer.features + begin + f;
+        Storage* const to = layer.y + row * layer.features + begin + f;
+        if (n == kFeatures) {  // in registers, and stored at once
+          Storage numbers[kFeatures];
+#pragma GCC unroll 4
+          for (int k = 0; k < kFeatures; ++k) {
+            numbers[k] = narrow<Storage>(sums[k] * scales[f + k]);
+          }
+          std::memcpy(to, numbers, sizeof numbers);
+          return;
+        }
         for (std::int64_t k = 0; k < n; ++k) to[k] = narrow<Storage>(sums[k] * scales[f + k]);
-      });
+      },
+      false);
+}
+
+// By the number of threads: every number is computed from one row of weights, so that no bit
+// depends on it. Many rows are products enough to hand out weights a few at a time.
+template <class Storage>
+std::int64_t features_per_block(const Layer<Storage>& layer, std::int64_t rows, int n_threads) {
+  if (rows < kPanelLeast) return rows_per_block(layer.features, layer.width, n_threads);
+  const std::int64_t panels = (layer.features + kPanelFeatures - 1) / kPanelFeatures;
+  return std::max<std::int64_t>(1, panels / (8 * n_threads)) * kPanelFeatures;
 }
 
 template <class Storage>
 void in_int8(const Storage* x, const Layer<Storage>& layer, std::int64_t rows, int n_threads) {
   using W = Wide<Storage>;
   const std::int64_t width = layer.width, row_bytes = int8_row_bytes(width);
-  char* const memory = new char[rows * row_bytes + 64];
-  char* const workspace = memory + (64 - reinterpret_cast<std::uintptr_t>(memory) % 64) % 64;
+  char* const memory = new char[rows * row_bytes + kLineBytes];
+  char* const workspace = at_line(memory);
   parallel_for(rows, rows_per_range(kElementsPerRange, width), n_threads,
                [=](std::int64_t begin, std::int64_t end) {
                  for (std::int64_t row = begin; row < end; ++row) {
                    prepare_int8_row(x + row * width, width, workspace + row * row_bytes);
                  }
                });
-  // Blocks by the number of threads: every number is computed from one row of weights, so that no
-  // bit depends on them.
-  parallel_for(layer.features, rows_per_block(layer.features, width, n_threads), n_threads,
+  parallel_for(layer.features, features_per_block(layer, rows, n_threads), n_threads,
                [=](std::int64_t begin, std::int64_t end) {
                  if constexpr (sizeof(W) == sizeof(double)) {
                    // Whole sums: a float would round those beyond 2^24.

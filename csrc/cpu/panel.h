@@ -9,6 +9,7 @@
 #include <cstdint>
 #include <cstring>
 
+#include "cpu/count.h"
 #include "cpu/int8_dot.h"
 #include "cpu/numeric.h"
 
@@ -25,7 +26,7 @@ constexpr std::int64_t kPanelLeast = INT64_MAX;
 
 // Bytes of a panel, and what it may begin with so that it is aligned.
 inline std::int64_t panel_bytes(std::int64_t row_bytes) {
-  return (row_bytes + 63) / 64 * 64 * kPanelFeatures + 64;
+  return (row_bytes + 63) / 64 * 64 * kPanelFeatures + kLineBytes;
 }
 
 #if defined(__AVX512VNNI__)

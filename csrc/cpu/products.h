@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <cstring>
 
+#include "cpu/count.h"
 #include "cpu/float_dot.h"
 #include "cpu/int8_dot.h"
 #include "cpu/numeric.h"
@@ -15,6 +16,8 @@ namespace pyllm::PYLLM_ISA {
 namespace {  // the linker must not merge the instruction sets' copies
 
 constexpr int kFeatures = 4;
+// Rows of weights taken at a time.
+constexpr int kTileFeatures = 16;
 static_assert(kFeatures == kDotFeatures && kFeatures == kInt8Features, "");
 // A loop over weights is cut into a few blocks for each thread, of so many bytes: the first lines
 // of a block are waited for, and a block that is too large leaves the other threads waiting. How it
@@ -25,46 +28,54 @@ constexpr std::int64_t kBlocksPerThread = 2, kLeastBytes = 8 * 1024, kMostBytes 
 template <class Weight>
 struct Products {  // float, bfloat16: a row is float, as it is
   using Row = float;
+  using Sum = float;
   static constexpr int kTokens = kDotTokens;
   static std::int64_t row_size(std::int64_t width) { return width; }
   static void prepare(const float* x, std::int64_t width, float* row) {
     std::memcpy(row, x, width * sizeof(float));
   }
-  static void run(int tokens, const float* const* x, const Weight* const* w, std::int64_t width,
-                  float (*sums)[kFeatures]) {
-    float_dots(tokens, x, w, width, sums);
+  static void run(int tokens, const float* const* x, const Weight* const* w, int n_groups,
+                  std::int64_t width, bool, float (*sums)[kTileFeatures]) {
+    for (int g = 0; g < n_groups; ++g) {
+      float_dots(tokens, x, w + g * kFeatures, width, sums[0] + g * kFeatures, kTileFeatures);
+    }
+  }
+  static void scale(const float*, const float* sums, float* four) {
+    std::memcpy(four, sums, kFeatures * sizeof(float));
   }
 };
 
 template <>
 struct Products<std::int8_t> {  // a row is prepared
   using Row = char;
+  using Sum = std::int32_t;
   static constexpr int kTokens = kInt8Tokens;
   static std::int64_t row_size(std::int64_t width) { return int8_row_bytes(width); }
   static void prepare(const float* x, std::int64_t width, char* row) {
     prepare_int8_row(x, width, row);
   }
-  static void run(int tokens, const char* const* x, const std::int8_t* const* w, std::int64_t width,
-                  float (*sums)[kFeatures]) {
-    std::int32_t whole[kTokens][kFeatures];
-    int8_dots(tokens, x, w, width, whole);
-    for (int t = 0; t < tokens; ++t) {
-      const float scale = header_of(x[t]).scale;
-      for (int f = 0; f < kFeatures; ++f) sums[t][f] = scale * static_cast<float>(whole[t][f]);
-    }
+  static void run(int tokens, const char* const* x, const std::int8_t* const* w, int n_groups,
+                  std::int64_t width, bool streamed, std::int32_t (*sums)[kTileFeatures]) {
+    int8_groups(tokens, x, w, n_groups, width, streamed, sums[0], kTileFeatures);
+  }
+  static void scale(const char* row, const std::int32_t* sums, float* four) {
+    for (int f = 0; f < kFeatures; ++f)
+      four[f] = header_of(row).scale * static_cast<float>(sums[f]);
   }
 };
 
 // Calls put(token, first feature, sums, how many) until all features of all tokens have been given:
 // the products of weights(feature) with rows(token), not yet scaled by the features' scales.
+// streamed: do the weights come from memory, rather than from a cache?
 template <class Weight, class Weights, class Rows, class Put>
 inline void multiply_rows(std::int64_t n_features, const Weights& weights, std::int64_t n_tokens,
-                          const Rows& rows, std::int64_t width, const Put& put) {
+                          const Rows& rows, std::int64_t width, const Put& put,
+                          bool streamed = true) {
   using P = Products<Weight>;
   using Row = typename P::Row;
-  if (n_tokens >= kPanelLeast) {
+  if (kPanelLeast < INT64_MAX && n_tokens >= kPanelLeast) {
     char* const memory = new char[panel_bytes(width * static_cast<std::int64_t>(sizeof(Weight)))];
-    char* const panel = memory + (64 - reinterpret_cast<std::uintptr_t>(memory) % 64) % 64;
+    char* const panel = at_line(memory);
     for (std::int64_t f = 0; f < n_features; f += kPanelFeatures) {
       const std::int64_t n = std::min<std::int64_t>(kPanelFeatures, n_features - f);
       const Weight* w[kPanelFeatures];  // the last one again where there are fewer
@@ -83,17 +94,35 @@ inline void multiply_rows(std::int64_t n_features, const Weights& weights, std::
     delete[] memory;
     return;
   }
-  for (std::int64_t f = 0; f < n_features; f += kFeatures) {
-    const std::int64_t n = std::min<std::int64_t>(kFeatures, n_features - f);
-    const Weight* w[kFeatures];
-    for (std::int64_t k = 0; k < kFeatures; ++k) w[k] = weights(f + std::min(k, n - 1));
-    for (std::int64_t t = 0; t < n_tokens; t += P::kTokens) {
-      const int m = static_cast<int>(std::min<std::int64_t>(P::kTokens, n_tokens - t));
+  // Tiles of like size: one of two tokens takes as long as one of four.
+  const std::int64_t n_tiles = (n_tokens + P::kTokens - 1) / P::kTokens;
+  const int least = n_tiles > 0 ? static_cast<int>(n_tokens / n_tiles) : 0;
+  const std::int64_t n_larger = n_tokens - n_tiles * least;
+  for (std::int64_t f = 0; f < n_features; f += kTileFeatures) {
+    const std::int64_t n = std::min<std::int64_t>(kTileFeatures, n_features - f);
+    const int n_groups = static_cast<int>((n + kFeatures - 1) / kFeatures);
+    const Weight* w[kTileFeatures];
+    for (std::int64_t k = 0; k < kTileFeatures; ++k) w[k] = weights(f + std::min(k, n - 1));
+    for (std::int64_t tile = 0, t = 0; tile < n_tiles; ++tile) {
+      const int m = least + (tile < n_larger ? 1 : 0);
       const Row* x[P::kTokens];
       for (int i = 0; i < m; ++i) x[i] = rows(t + i);
-      float sums[P::kTokens][kFeatures];
-      P::run(m, x, w, width, sums);
-      for (int i = 0; i < m; ++i) put(t + i, f, sums[i], n);
+      typename P::Sum sums[P::kTokens][kTileFeatures];
+      P::run(m, x, w, n_groups, width, streamed, sums);
+      for (int i = 0; i < m; ++i) {
+        for (int g = 0; g < n_groups; ++g) {
+          float four[kFeatures];
+          P::scale(x[i], sums[i] + g * kFeatures, four);
+          const std::int64_t first = f + g * kFeatures, left = n - g * kFeatures;
+          // Of a whole group, a number that the compiler knows.
+          if (left >= kFeatures) {
+            put(t + i, first, four, kFeatures);
+          } else {
+            put(t + i, first, four, left);
+          }
+        }
+      }
+      t += m;
     }
   }
 }

@@ -108,6 +108,28 @@ def choose_face(op: str, device_type: str, face: str | None) -> str:
 choose_face._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
+def nothing_between(*tensors: Tensor) -> bool:
+    """Would the dispatcher only call the kernel, so that a door may go past it?
+
+    That takes it 10 microseconds. It has to be asked where it does more: for a compiler, a tracer,
+    a mode, a function transform, a gradient, a tensor that another one stands behind.
+    """
+    native = torch._C
+    if (
+        torch.compiler.is_compiling()
+        or native._len_torch_dispatch_stack()
+        or native._len_torch_function_stack()
+        or native._functorch.peek_interpreter_stack() is not None
+        or native._get_tracing_state() is not None
+    ):
+        return False
+    gradients = torch.is_grad_enabled()
+    for tensor in tensors:
+        if type(tensor) is not Tensor or tensor.is_neg() or (gradients and tensor.requires_grad):
+            return False
+    return True
+
+
 def autocast_dtype(device_type: str) -> torch.dtype | None:
     """The dtype of an active autocast region on this device, or None outside of one."""
     if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from pyllm.cpu_kernels.int8_linear import int8_linear_plain
 from pyllm.ops._checks import (
     check_dense,
     check_flag,
@@ -11,7 +12,7 @@ from pyllm.ops._checks import (
     check_same_device,
     check_shape,
 )
-from pyllm.ops._registry import choose_face, register_inference
+from pyllm.ops._registry import choose_face, nothing_between, register_inference
 from pyllm.reference.int8_linear import quantize_rows
 
 LARGEST_WIDTH = 2**31 // (128 * 127)
@@ -47,6 +48,10 @@ def int8_linear(
         ValueError: wrong shape, dtype or device, a width beyond 132,104 with ``quantize_input``, an
             input that requires a gradient while gradients are on.
     """
+    if face is None and quantize_input is True and _goes_straight(x, weight, weight_scale):
+        y = int8_linear_plain(x, weight, weight_scale, quantize_input)
+        if y is not None:
+            return y
     check_floating("int8_linear", x=x, weight_scale=weight_scale)
     check_dense("int8_linear", "weight", weight)
     if weight.dtype != torch.int8:
@@ -90,6 +95,13 @@ def quantize_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
             + (f" and {len(rows) - 1} more" if len(rows) > 1 else "")
         )
     return q, scale
+
+
+def _goes_straight(x: Tensor, weight: Tensor, weight_scale: Tensor) -> bool:
+    return (
+        nothing_between(x, weight, weight_scale)
+        and choose_face("int8_linear", "cpu", None) == "cpu"
+    )
 
 
 def _fake(

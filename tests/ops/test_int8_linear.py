@@ -1,11 +1,16 @@
 """``int8_linear``: every face and the door, by its declaration; then what is particular to it."""
 
+import importlib
 import math
+import warnings
 from typing import Any
 
 import pytest
 import torch
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from pyllm.cpu_kernels.int8_linear import int8_linear_plain
 from pyllm.ops import available_faces, int8_linear, quantize_int8
 from pyllm.ops._registry import face_module
 from pyllm.testing.cases.int8_linear import INT8_LINEAR
@@ -129,3 +134,75 @@ def test_too_wide_for_int32() -> None:
     with pytest.raises(ValueError, match=r"at most 132,104 wide, .* got \(1, 132105\); give quan"):
         int8_linear(x, weight, torch.ones(1))
     assert float(int8_linear(x, weight, torch.ones(1), quantize_input=False)) == 132_105
+
+
+needs_cpu_face = pytest.mark.skipif("cpu" not in FACES, reason="pyllm._cpu is not built")
+
+
+def _called_straight(monkeypatch: pytest.MonkeyPatch, **changes: Any) -> bool:
+    """Does the door go past PyTorch's dispatcher with these arguments, and with the same result?"""
+    door = importlib.import_module("pyllm.ops.int8_linear")
+    answers: list[torch.Tensor | None] = []
+
+    def noting(*arguments: Any) -> torch.Tensor | None:
+        answers.append(int8_linear_plain(*arguments))
+        return answers[-1]
+
+    monkeypatch.setattr(door, "int8_linear_plain", noting)
+    arguments = _arguments(**changes)
+    y = int8_linear(**arguments)
+    expected = int8_linear(**arguments, face="reference")
+    torch.testing.assert_close(y, expected)
+    return any(answer is not None for answer in answers)
+
+
+@needs_cpu_face
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_plain_tensors_go_straight_to_the_kernel(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scale = torch.ones(3, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+    assert _called_straight(monkeypatch, x=torch.ones(2, 4, dtype=dtype), weight_scale=scale)
+
+
+NOT_PLAIN = {
+    "negated by a flag": {"x": torch.full((2, 4), 1 + 2j).conj().imag},
+    "not contiguous": {"x": torch.ones(4, 2).T},
+    "expanded": {"weight_scale": torch.ones(1).expand(3)},
+    "a scale in another dtype": {"weight_scale": torch.ones(3).double()},
+    "a parameter": {"weight_scale": torch.nn.Parameter(torch.ones(3), requires_grad=False)},
+    "zeros without memory": {"x": torch._efficientzerotensor(2, 4)},
+}
+
+
+@needs_cpu_face
+@pytest.mark.parametrize("name", NOT_PLAIN)
+def test_other_tensors_do_not(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not _called_straight(monkeypatch, **NOT_PLAIN[name])
+
+
+@needs_cpu_face
+def test_nothing_goes_straight_where_something_listens() -> None:
+    seen = []
+
+    class Listener(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None):
+            seen.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    with Listener():
+        int8_linear(**_arguments())
+    assert "pyllm.int8_linear_forward.default" in seen
+    fixed = _arguments()
+
+    def by_x(x: torch.Tensor) -> torch.Tensor:
+        return int8_linear(x, fixed["weight"], fixed["weight_scale"])
+
+    graph = make_fx(by_x)(torch.ones(2, 4))
+    assert any("int8_linear" in str(node.target) for node in graph.graph.nodes)
+    several = torch.arange(40.0).view(5, 2, 4)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "There is a performance drop", UserWarning)
+        assert torch.equal(torch.vmap(by_x)(several), torch.stack([by_x(x) for x in several]))
+    with pytest.raises(ValueError, match="no gradient flows through integers"):
+        by_x(torch.ones(2, 4, requires_grad=True))
