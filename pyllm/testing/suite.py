@@ -8,7 +8,6 @@ in by ``parameters``, which a ``conftest.py`` calls from ``pytest_generate_tests
 
 import os
 from collections.abc import Callable, Sequence
-from functools import cache
 from typing import Any, ClassVar
 from unittest import SkipTest
 
@@ -350,7 +349,6 @@ def _lives(mutant: SourceMutant, operation: Operation) -> bool:
     return survives(face, operation.smoke_cases, DTYPES) and survives(face, cases, DTYPES)
 
 
-@cache
 def _with_nan(values: Arguments, name: str) -> Arguments:
     """The same, with a NaN at the first place of one tensor."""
     value = values[name].clone()
