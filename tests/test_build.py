@@ -202,3 +202,81 @@ def test_instruction_sets_share_no_code(source: Path, tmp_path: Path) -> None:
     shared = [line for line in symbols.stdout.splitlines() if line[17:18] in "VWuvw"]
     assert not shared, "\n".join(shared)
     assert any(" T pyllm::avx512::" in line for line in symbols.stdout.splitlines())
+
+
+CROSS_COMPILERS = ("aarch64-linux-gnu-g++", "aarch64-linux-gnu-g++-12", "aarch64-linux-gnu-g++-14")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("source", KERNEL_SOURCES, ids=lambda path: path.stem)
+def test_kernels_compile_for_arm64(source: Path, tmp_path: Path) -> None:
+    """The baseline is plain C++: no header of x86, and no warning elsewhere, either."""
+    compiler = next(filter(None, map(shutil.which, CROSS_COMPILERS)), None)
+    if compiler is None:
+        pytest.skip("no compiler for arm64 on PATH: apt install g++-aarch64-linux-gnu")
+    flags = ["-std=c++17", "-O3", "-fPIC", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math"]
+    strict = ["-Wall", "-Wextra", "-Werror", "-DPYLLM_ISA=baseline", f"-I{ROOT / 'csrc'}"]
+    target = tmp_path / "kernel.o"
+    result = subprocess.run(
+        [compiler, *flags, *strict, "-c", str(source), "-o", str(target)],
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr
+    assert target.read_bytes()[18:20] == b"\xb7\x00"  # e_machine of ELF: EM_AARCH64
+
+
+@pytest.mark.slow
+def test_an_arm64_build_runs_on_an_emulator(tmp_path: Path) -> None:
+    """int8_linear and rms_norm on whole numbers, whose sums any processor gets right."""
+    compiler = next(filter(None, map(shutil.which, CROSS_COMPILERS)), None)
+    emulator = shutil.which("qemu-aarch64") or shutil.which("qemu-aarch64-static")
+    if compiler is None or emulator is None:
+        pytest.skip("no compiler for arm64, or no qemu-aarch64 (apt install qemu-user), on PATH")
+    main = tmp_path / "main.cpp"
+    main.write_text(ARM64_PROGRAM, encoding="utf-8")
+    names = ("int8_linear", "rms_norm", "parallel")
+    sources = [str(ROOT / "csrc" / "cpu" / f"{name}.cpp") for name in names]
+    flags = ["-std=c++17", "-O3", "-fopenmp-simd", "-DPYLLM_ISA=baseline", f"-I{ROOT / 'csrc'}"]
+    program = str(tmp_path / "main")
+    command = [compiler, *flags, "-static", str(main), *sources, "-ldl", "-o", program]
+    subprocess.run(command, check=True, capture_output=True)
+    result = subprocess.run([emulator, program], capture_output=True, text=True)
+    assert (result.returncode, result.stdout) == (0, "equal\n"), result.stderr
+
+
+ARM64_PROGRAM = """
+#include <cmath>
+#include <cstdio>
+#include <vector>
+#include "cpu/kernels.h"
+int main() {
+  const int rows = 7, width = 130, features = 9;
+  std::vector<float> x(rows * width), scale(features, 0.5f), y(rows * features), r(rows);
+  std::vector<signed char> weight(features * width);
+  for (int i = 0; i < rows * width; ++i) x[i] = i % width == 0 ? 127 : (i * 37) % 255 - 127;
+  for (int i = 0; i < features * width; ++i) weight[i] = (i * 91) % 256 - 128;
+  bool equal = true;
+  pyllm::baseline::int8_linear(pyllm::DType::float32, true, x.data(), weight.data(), scale.data(),
+                               y.data(), rows, features, width, 1);
+  for (int n = 0; n < rows; ++n) {
+    for (int f = 0; f < features; ++f) {
+      int sum = 0;
+      for (int d = 0; d < width; ++d) sum += int(x[n * width + d]) * weight[f * width + d];
+      equal = equal && y[n * features + f] == 0.5f * sum;
+    }
+  }
+  std::vector<float> ones(width, 1), normed(rows * width);
+  pyllm::baseline::rms_norm_forward(pyllm::DType::float32, x.data(), ones.data(), 0.0,
+                                    normed.data(), r.data(), rows, width, 1);
+  for (int n = 0; n < rows; ++n) {
+    double mean = 0;
+    for (int d = 0; d < width; ++d) mean += double(x[n * width + d]) * x[n * width + d] / width;
+    for (int d = 0; d < width; ++d) {
+      const double expected = x[n * width + d] / std::sqrt(mean);
+      equal = equal && std::fabs(normed[n * width + d] - expected) < 1e-5;
+    }
+  }
+  std::puts(equal ? "equal" : "different");
+}
+"""

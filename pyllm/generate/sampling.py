@@ -1,15 +1,19 @@
 """Drawing the next token from its logits."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from pyllm.generate.config import SamplingConfig
 
 NUCLEUS_GUESS = 1024
-"""Top-p looks at this many tokens first. Sorting all 50,257 takes 3.2 ms on one core, finding the
-1,024 largest 0.26 ms, and they almost always hold the nucleus; if not, all are sorted."""
+"""Top-p looks at this many tokens of a large vocabulary first. They almost always hold the nucleus;
+if not, all are sorted, which takes four times as long."""
+SMALL_VOCABULARY = 8192
+"""Up to here, all are sorted at once: 40 microseconds for 4,096."""
 
 LIMITS = torch.finfo(torch.float32)
 
@@ -50,22 +54,29 @@ def sample_token(
         return logits_BV.argmax(-1)
     # One that is 0 or infinite as a float32 would give 0 / 0.
     temperature = min(max(config.temperature, LIMITS.tiny), LIMITS.max)
-    # Scaled after the maximum is subtracted: a tiny temperature cannot overflow then.
-    scaled_BV = (logits_BV - logits_BV.amax(-1, keepdim=True)) / temperature
+    largest_B1 = logits_BV.amax(-1, keepdim=True)
+
+    def scaled(logits: Tensor) -> Tensor:
+        # After the maximum is subtracted: a tiny temperature cannot overflow then.
+        return (logits - largest_B1).div_(temperature)
+
     if config.top_k == 0 and config.top_p == 1:
-        return _draw(_weights(scaled_BV, config.min_p), generator)
-    # Put in order before they are scaled, which may round two of them to one.
-    ids_BC = _candidates(logits_BV, scaled_BV, config)
-    values_BC = scaled_BV.gather(1, ids_BC)
-    weights_BC = _weights(values_BC, config.min_p)
+        return _draw(_weights(scaled(logits_BV), config.min_p), generator)
+    # The numbers alone are put in order, which takes a fraction of what it takes with their ids,
+    # and before they are scaled, which may round two of them to one.
+    total_B1 = None if config.top_k else _log_sum(scaled(logits_BV))
+    values_BC = _candidates(logits_BV, scaled, total_B1, config)
+    scaled_BC = scaled(values_BC)
+    weights_BC = _weights(scaled_BC, config.min_p)
     if config.top_p < 1:
-        total_B1 = (values_BC if config.top_k else scaled_BV).logsumexp(-1, keepdim=True)
-        p_BC = (values_BC - total_B1).exp()
+        if total_B1 is None:
+            total_B1 = _log_sum(scaled_BC)
+        p_BC = (scaled_BC - total_B1).exp()
         before_BC = p_BC.cumsum(-1) - p_BC
         kept_BC = before_BC < config.top_p
         kept_BC[:, 0] = True  # the most likely token stays, whatever is lost in rounding
-        weights_BC = weights_BC.where(kept_BC, 0.0)
-    return ids_BC.gather(1, _draw(weights_BC, generator).unsqueeze(1)).squeeze(1)
+        weights_BC = weights_BC * kept_BC
+    return _ids_at(_draw(weights_BC, generator), values_BC, logits_BV)
 
 
 def _checked(
@@ -93,7 +104,7 @@ def _checked(
             f"{seen_BV.dtype} {tuple(seen_BV.shape)}"
         )
     logits_BV = logits_BV.float()
-    if not bool(logits_BV.amax(-1).isfinite().all()):
+    if not all(map(math.isfinite, logits_BV.amax(-1).tolist())):
         raise ValueError(
             "sample_token: the logits hold NaN or infinity; the model's weights are damaged or "
             "too large for its dtype"
@@ -116,34 +127,55 @@ def _penalised(logits_BV: Tensor, penalty: float, seen_BV: Tensor) -> Tensor:
 def _weights(scaled_BC: Tensor, min_p: float) -> Tensor:
     """The odds of words whose scaled logits are given, 1 for the likeliest (it has 0)."""
     weights_BC = scaled_BC.exp()
-    return weights_BC.where(weights_BC >= min_p, 0.0)
+    return weights_BC.where(weights_BC >= min_p, 0.0) if min_p else weights_BC
 
 
-def _candidates(logits_BV: Tensor, scaled_BV: Tensor, config: SamplingConfig) -> Tensor:
-    """The ids (B, C) of the tokens to draw from and maybe more, the most likely first."""
+def _log_sum(scaled_BC: Tensor) -> Tensor:
+    """``logsumexp`` (B, 1) of words of which the likeliest has 0, which that would look for."""
+    return scaled_BC.exp().sum(-1, keepdim=True).log()
+
+
+def _candidates(
+    logits_BV: Tensor,
+    scaled: Callable[[Tensor], Tensor],
+    total_B1: Tensor | None,
+    config: SamplingConfig,
+) -> Tensor:
+    """The logits (B, C) of the tokens to draw from and maybe more, the largest first."""
     n_words = logits_BV.shape[1]
     if config.top_k:
         return _largest(logits_BV, min(config.top_k, n_words))
-    ids_BC = _largest(logits_BV, min(NUCLEUS_GUESS, n_words))
-    covered_B = (scaled_BV.gather(1, ids_BC).logsumexp(-1) - scaled_BV.logsumexp(-1)).exp()
-    if bool((covered_B < config.top_p).any()):
-        return _largest(logits_BV, n_words)
-    return ids_BC
+    if n_words > max(SMALL_VOCABULARY, NUCLEUS_GUESS):
+        assert total_B1 is not None
+        values_BC = _largest(logits_BV, NUCLEUS_GUESS)
+        covered_B1 = (_log_sum(scaled(values_BC)) - total_B1).exp()
+        if bool((covered_B1 >= config.top_p).all()):
+            return values_BC
+    return _largest(logits_BV, n_words)
 
 
-def _largest(scores_BV: Tensor, count: int) -> Tensor:
-    """The ids of the ``count`` largest, descending, ties by lower id: a stable sort cut short."""
-    if count == scores_BV.shape[1]:
-        return scores_BV.argsort(dim=-1, descending=True, stable=True)
-    # topk leaves open which of several equal scores it takes, so only its smallest value is used:
-    # everything above it is in, and of its equals as many as there is room for, in order of id.
-    edge_B1 = scores_BV.topk(count, dim=-1).values[:, -1:]
-    above_BV, equal_BV = scores_BV > edge_B1, scores_BV == edge_B1
-    room_B1 = count - above_BV.sum(-1, keepdim=True)
-    kept_BV = above_BV | (equal_BV & (equal_BV.cumsum(-1) <= room_B1))
-    ids_BC = kept_BV.nonzero()[:, 1].view(-1, count)
-    order_BC = scores_BV.gather(1, ids_BC).argsort(dim=-1, descending=True, stable=True)
-    return ids_BC.gather(1, order_BC)
+def _largest(logits_BV: Tensor, count: int) -> Tensor:
+    """The ``count`` largest (B, C), descending."""
+    if logits_BV.device.type != "cpu":
+        return logits_BV.topk(count, dim=-1).values
+    # NumPy sorts plain numbers with vector instructions, six times as fast as PyTorch.
+    negative_BC = -logits_BV.detach().numpy()
+    if count < negative_BC.shape[1]:
+        negative_BC = np.partition(negative_BC, count - 1, axis=-1)[:, :count]
+    return torch.from_numpy(-np.sort(negative_BC, axis=-1))
+
+
+def _ids_at(place_B: Tensor, values_BC: Tensor, logits_BV: Tensor) -> Tensor:
+    """The ids (B,) of the tokens at these places of the largest logits. Of equals, the lower ids
+    come first."""
+    place_B1 = place_B.unsqueeze(1)
+    value_B1 = values_BC.gather(1, place_B1)
+    equal_BV = logits_BV == value_B1
+    ids = equal_BV.nonzero()[:, 1]
+    if len(ids) == len(logits_BV):  # each is the only one
+        return ids
+    n_above_B1 = (values_BC > value_B1).sum(-1, keepdim=True)
+    return torch.searchsorted(equal_BV.cumsum(-1), place_B1 - n_above_B1 + 1).squeeze(1)
 
 
 def _draw(

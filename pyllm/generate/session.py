@@ -204,7 +204,7 @@ class Session:
     def _shared(self, row: int, prompt: list[int]) -> int:
         """How many of the prompt's tokens the cache has. The last is run again: what follows it
         was not kept."""
-        held = self.ids[row][: int(self.cache.lengths[row])]
+        held = self.ids[row][: self.cache.held(row)]
         return min(_common(held, prompt), len(prompt) - 1)
 
     def _n_kept(self, ids: list[int]) -> int:
@@ -253,7 +253,7 @@ class Session:
             lengths[row] = 0
             self.cache.truncate(lengths)
             self.ids[row] = self._cut(self.ids[row], max(self.context // 2, 1))
-        return self.ids[row][int(self.cache.lengths[row]) :]
+        return self.ids[row][self.cache.held(row) :]
 
     def _logits(self, new: dict[int, list[int]]) -> Tensor:
         """Run new tokens of some rows, and return the logits (R, V) of what follows in these."""

@@ -97,6 +97,10 @@ class KVCache:
         """Sequences side by side."""
         return len(self._lengths)
 
+    def held(self, row: int) -> int:
+        """How many positions of this sequence there are."""
+        return self._lengths[row]
+
     @property
     def lengths(self) -> Tensor:
         """(B,) int32 on the CPU: positions of each sequence that every layer has taken in."""

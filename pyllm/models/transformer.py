@@ -277,7 +277,7 @@ class Transformer(nn.Module):
         """
         self._check_ids("input_ids", input_ids_BT, ("B", "T"))
         real = _checked_counts(input_ids_BT, cache, counts)
-        starts = [0] if cache is None else cache.lengths.tolist()
+        starts = [0] if cache is None else [cache.held(row) for row in range(cache.batch)]
         if real is None:
             end = max(starts) + input_ids_BT.shape[1]
         else:

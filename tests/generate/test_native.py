@@ -342,7 +342,3 @@ def test_nan_weights_reach_the_logits() -> None:
         model.blocks[1].attention.qkv_proj.weight[3, 4] = float("nan")
         logits = native(model).next_logits(torch.tensor([[1, 2]]), model.new_cache(1))
     assert bool(logits.isnan().all())
-
-
-def test_int8_transformers_are_what_is_tested() -> None:
-    assert isinstance(quantize_model(make(BASE)), Int8Transformer)

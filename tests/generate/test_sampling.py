@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from pyllm.generate import SamplingConfig, sample_token
+from pyllm.generate.sampling import _largest
 
 N_DRAWS = 40_000
 N_WORDS = 12
@@ -40,6 +41,21 @@ def test_ties_go_to_the_lower_id(top_k):
     order = [1, 2, 4, 5, 0, 3, 6, 7]
     config = SamplingConfig(top_k=top_k, top_p=1.0)
     assert set(draw(logits, config)) == set(order[:top_k])
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 40, 999, 5000])
+def test_the_largest_of_many_are_found(count):
+    logits = torch.randn(3, 5000, generator=torch.Generator().manual_seed(count))
+    expected = logits.sort(dim=-1, descending=True).values[:, :count]
+    assert torch.equal(_largest(logits, count), expected)
+
+
+def test_of_many_equals_each_is_drawn_as_often():
+    """Among 5,000 logits of 7 values, where the id is found by its place among equals."""
+    logits = torch.arange(5000).remainder(7).float().tolist()
+    drawn = draw(logits, SamplingConfig(temperature=1.0, top_k=700, top_p=1))
+    assert set(drawn) == set(range(6, 4900, 7))
+    assert max(drawn.values()) < 2.2 * N_DRAWS / 700
 
 
 def test_a_nucleus_wider_than_the_first_guess_is_found_whole():
