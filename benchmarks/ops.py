@@ -105,15 +105,19 @@ def ceilings(dtype: torch.dtype, device: str) -> dict[str, float]:
     }
 
 
-def time_case(
-    case: OpCase, dtype: torch.dtype, device: str, seconds: float, cold: bool
-) -> list[dict[str, Any]]:
-    """One row for each stage and face; a face that cannot run here gives a row with its reason."""
+Calls = dict[str, Callable[[], object]]
+
+
+def prepare(
+    case: OpCase, dtype: torch.dtype, device: str
+) -> tuple[Calls, Calls, list[dict[str, Any]]]:
+    """Calls of the forward and of the backward by face, and a row with the reason for each face
+    that cannot run here."""
     available = [face for face in FACES if face_module(case.op, face) is not None]
     inputs = case.make_inputs(dtype, device)
     upstreams = expectations(case, dtype, device, 0)[2]
-    forward: dict[str, Callable[[], object]] = {}
-    backward: dict[str, Callable[[], object]] = {}
+    forward: Calls = {}
+    backward: Calls = {}
     rows: list[dict[str, Any]] = []
     for face in faces_on(device, available):
         module = face_module(case.op, face)
@@ -133,8 +137,15 @@ def time_case(
             )
     if case.op in PEERS:
         add_peer(case, inputs, upstreams, forward, backward, rows)
-    item = torch.finfo(dtype).bits // 8
-    flops, moved = case.operation.work(case.sizes, item)
+    return forward, backward, rows
+
+
+def time_case(
+    case: OpCase, dtype: torch.dtype, device: str, seconds: float, cold: bool
+) -> list[dict[str, Any]]:
+    """One row for each stage and face; a face that cannot run here gives a row with its reason."""
+    forward, backward, rows = prepare(case, dtype, device)
+    flops, moved = case.operation.work(case.sizes, dtype.itemsize)
     for stage, functions in (("forward", forward), ("backward", backward)):
         if not functions:
             continue
@@ -154,8 +165,8 @@ def add_peer(
     case: OpCase,
     inputs: Mapping[str, Any],
     upstreams: Mapping[str, torch.Tensor],
-    forward: dict[str, Callable[[], object]],
-    backward: dict[str, Callable[[], object]],
+    forward: Calls,
+    backward: Calls,
     rows: list[dict[str, Any]],
 ) -> None:
     """Add PyTorch's own way under the name ``peer``; its backward is autograd's alone."""

@@ -123,6 +123,69 @@ def scaling() -> list[str]:
     ]
 
 
+def training() -> list[str]:
+    """A training step beside transformers."""
+    found = newest("train-step")
+    if found is None:
+        return []
+    path, content = found
+    lines = [
+        f"A training step (forward, backward, fused AdamW) on {content['batch_size']} x "
+        f"{content['seq_len']} tokens and {content['threads']} threads, beside transformers "
+        f"{content['transformers']} on the same weights, its experts in the implementation that "
+        "was fastest in the same run. Mixed: float32 weights, bfloat16 products. pyllm's trainer "
+        "has malloc keep freed memory; transformers runs as it is found, and with that borrowed. "
+        "Memory is above that of the imports.",
+        "",
+        "| model | dtype | pyllm | transformers | transformers' time / pyllm's "
+        "| with memory kept | memory, pyllm | transformers |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for case in content["cases"]:
+        speed, memory = case["tokens_per_second"], case["memory"]
+        lines.append(
+            f"| `{case['preset']}` | {case['dtype']} | {speed['pyllm']:,.0f} tokens/s "
+            f"| {speed['transformers']:,.0f} tokens/s (`{case['experts_implementation']}`) "
+            f"| {case['ratio']:.2f} x | {case['ratio_memory_kept']:.2f} x "
+            f"| {memory['pyllm']['peak'] / 1e6:,.0f} MB "
+            f"| {memory['transformers']['peak'] / 1e6:,.0f} MB |"
+        )
+    return [*lines, "", machine_line(path, content["machine"]), ""]
+
+
+def growth() -> list[str]:
+    """What a unit of work costs as one size grows."""
+    found = newest("growth")
+    if found is None:
+        return []
+    path, content = found
+    missed = [table for table in content["tables"] if not table["holds"]]
+    lines = [
+        "What a unit of work costs as one size grows and the others stay those of a layer of "
+        f"`moe-158m`, on {content['threads']} threads: picoseconds for each floating-point "
+        "operation, or byte where memory limits. The target is that the largest size costs no "
+        f"more than {content['limit']} times the best: {len(content['tables']) - len(missed)} of "
+        f"{len(content['tables'])} rows meet it.",
+        "",
+    ]
+    for axis in dict.fromkeys(table["axis"] for table in content["tables"]):
+        tables = [table for table in content["tables"] if table["axis"] == axis]
+        sizes = [f"{row['size']:,}" for row in tables[0]["rows"]]
+        lines += [
+            f"| by {axis} | dtype | pass | of each | {' | '.join(sizes)} | largest / best |",
+            "|---|---|---|---|" + "---|" * (len(sizes) + 1),
+        ]
+        for table in tables:
+            costs = " | ".join(f"{row['cost'] * 1e12:.3g}" for row in table["rows"])
+            ratio = f"{table['ratio']:.2f}" if table["holds"] else f"**{table['ratio']:.2f}**"
+            lines.append(
+                f"| {table['name']} | {table['dtype']} | {table['stage']} "
+                f"| {'FLOP' if table['unit'] == 'flops' else 'byte'} | {costs} | {ratio} |"
+            )
+        lines.append("")
+    return [*lines, machine_line(path, content["machine"]), ""]
+
+
 def decoding() -> list[str]:
     """Writing and reading a prompt beside llama.cpp, and what writing takes in memory."""
     lines = []
@@ -239,7 +302,7 @@ def sparsity() -> list[str]:
 
 def render() -> str:
     """The block, with its marks."""
-    parts = (stories, sparsity, scaling, decoding, presets, operations)
+    parts = (stories, sparsity, scaling, training, decoding, presets, operations, growth)
     return "\n".join([BEGIN, "", *(line for part in parts for line in part()), END])
 
 

@@ -75,6 +75,29 @@ inline void add_values(const float* const* weights, const Storage* const* rows, 
   }
 }
 
+// Takes the scores s of n more keys in: they become weights. What was summed before is scaled down
+// where the largest score grows.
+template <class W>
+inline void take_in(W* __restrict s, std::int64_t n, std::int64_t width, W* largest, W* sum,
+                    W* __restrict values) {
+  W new_largest = *largest;
+#pragma omp simd reduction(max : new_largest)
+  for (std::int64_t i = 0; i < n; ++i) new_largest = s[i] > new_largest ? s[i] : new_largest;
+  // Only -inf so far: -inf - -inf would be NaN where it should be 0.
+  const W shift = new_largest == -INFINITY ? W(0) : new_largest;
+  const W shrink = exp_of(*largest - shift);
+  W added = 0;
+#pragma omp simd reduction(+ : added)
+  for (std::int64_t i = 0; i < n; ++i) {
+    s[i] = exp_of(s[i] - shift);
+    added += s[i];
+  }
+  *largest = new_largest;
+  *sum = *sum * shrink + added;
+#pragma omp simd
+  for (std::int64_t c = 0; c < width; ++c) values[c] *= shrink;
+}
+
 // What attend_range works in: for each row its scores with a block, the largest so far, the sum of
 // the weights, and where it is.
 struct RowScratch {

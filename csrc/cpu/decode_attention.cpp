@@ -2,6 +2,7 @@
 
 #include "cpu/decode_attention.h"
 
+#include <atomic>
 #include <cstdint>
 
 #include "cpu/kernels.h"
@@ -15,27 +16,49 @@ namespace {
 // as much.
 constexpr std::int64_t kProductsPerRange = per_range(32768);
 
+// What the threads of a call share: queries in the type of the sums, the chunks' parts, and how
+// many chunks of each row of the batch are done.
+template <class W>
+struct Workspace {
+  W *queries, *parts;
+  std::atomic<std::int64_t>* done;
+
+  Workspace(std::int64_t n_queries, std::int64_t n_parts, std::int64_t batch)
+      : queries(new W[n_queries + n_parts]),
+        parts(queries + n_queries),
+        done(new std::atomic<std::int64_t>[batch]()) {}
+  // Called by hand, see block_attention.h.
+  void free() const {
+    delete[] queries;
+    delete[] done;
+  }
+};
+
 template <int kWidth, class Storage>
-void decode(const Problem<Storage>& problem, Wide<Storage>* workspace, Storage* y, int n_threads) {
+void decode(Problem<Storage> problem, const Storage* q, Storage* y, int n_threads) {
   using W = Wide<Storage>;
   const std::int64_t width = problem.width, rows = problem.rows();
-  const std::int64_t n_items = problem.batch * problem.n_chunks;
+  const std::int64_t n_items = problem.batch * problem.n_chunks,
+                     n_queries = problem.batch * rows * width;
+  const Workspace<W> workspace(n_queries, n_items * rows * (width + 2), problem.batch);
+  for (std::int64_t i = 0; i < n_queries; ++i) workspace.queries[i] = widen(q[i]);
+  problem.q = workspace.queries;
   const std::int64_t grain = rows_per_range(kProductsPerRange, problem.chunk * rows * width);
   parallel_for(n_items, grain, n_threads, [&](std::int64_t begin, std::int64_t end) {
-    const Scratch<W> scratch(problem.heads(), width);
+    const Scratch<Storage> scratch(problem.heads(), width);
     for (std::int64_t item = begin; item < end; ++item) {
-      take_in_chunk<kWidth>(problem, item, Partial<W>(workspace, item, n_items, rows, width),
+      take_in_chunk<kWidth>(problem, item, Partial<W>(workspace.parts, item, n_items, rows, width),
                             scratch);
+      // Who finishes the last chunk of a row of the batch adds them up: no second parallel loop.
+      const std::int64_t b = item / problem.n_chunks;
+      if (workspace.done[b].fetch_add(1, std::memory_order_acq_rel) + 1 < problem.n_chunks)
+        continue;
+      for (std::int64_t row = 0; row < rows; ++row) {
+        add_chunks(problem, workspace.parts, b, row, scratch.values, y + (b * rows + row) * width);
+      }
     }
   });
-  const std::int64_t few = rows_per_range(kProductsPerRange, problem.n_chunks * width);
-  parallel_for(problem.batch * rows, few, n_threads, [&](std::int64_t begin, std::int64_t end) {
-    W* total = new W[width];
-    for (std::int64_t i = begin; i < end; ++i) {
-      add_chunks(problem, workspace, i / rows, i % rows, total, y + i * width);
-    }
-    delete[] total;
-  });
+  workspace.free();
 }
 
 }  // namespace
@@ -45,13 +68,13 @@ void decode_attention(DType dtype, const void* q, const void* k_cache, std::int6
                       std::int64_t v_batch_stride, std::int64_t v_slot_stride,
                       std::int64_t v_head_stride, const void* starts, const void* counts,
                       double scale, std::int64_t window, std::int64_t sinks, std::int64_t ring,
-                      void* workspace, void* y, std::int64_t batch, std::int64_t tokens,
-                      std::int64_t groups, std::int64_t shared, std::int64_t width,
-                      std::int64_t chunk, std::int64_t n_chunks, int n_threads) {
+                      void* y, std::int64_t batch, std::int64_t tokens, std::int64_t groups,
+                      std::int64_t shared, std::int64_t width, std::int64_t chunk,
+                      std::int64_t n_chunks, int n_threads) {
   with_storage(dtype, [=](auto storage) {
     using S = decltype(storage);
     using W = Wide<S>;
-    const Problem<S> problem{static_cast<const W*>(q),
+    const Problem<S> problem{nullptr,
                              static_cast<const S*>(k_cache),
                              static_cast<const S*>(v_cache),
                              {k_batch_stride, k_slot_stride, k_head_stride},
@@ -71,7 +94,7 @@ void decode_attention(DType dtype, const void* q, const void* k_cache, std::int6
                              n_chunks};
     // A width known to the compiler takes a third off: its loops become straight lines.
     const auto run = width == 64 ? decode<64, S> : width == 128 ? decode<128, S> : decode<0, S>;
-    run(problem, static_cast<W*>(workspace), static_cast<S*>(y), n_threads);
+    run(problem, static_cast<const S*>(q), static_cast<S*>(y), n_threads);
   });
 }
 

@@ -10,20 +10,19 @@
 
 #include <cmath>
 #include <cstdint>
+#include <type_traits>
 
+#include "cpu/lanes.h"
 #include "cpu/numeric.h"
+#include "cpu/online_softmax.h"
 #include "cpu/parallel.h"
 #include "cpu/vector_math.h"
 
 namespace pyllm::PYLLM_ISA {
 namespace {  // the linker must not merge the instruction sets' copies
 
-// Keys whose scores are kept before their values are added.
-constexpr std::int64_t kBlock = 64;
-// Keys whose products are added up together, and how many running sums each product has.
-constexpr std::int64_t kFold = 16, kFoldLanes = 16;
-// Values added at once: a sum is loaded and stored once for them.
-constexpr int kTogether = 4;
+// Keys whose scores are kept before their values are added; room for whole vectors behind them.
+constexpr std::int64_t kBlock = 64, kRoom = 16, kScores = kBlock + kRoom;
 
 struct Strides {
   std::int64_t batch, slot, head;
@@ -104,216 +103,255 @@ struct Partial {
         sum(largest + n_items * rows) {}
 };
 
-// What a range of chunks works in.
-template <class W>
+// What a range of chunks works in. Rows of queries and values are in the order of load_two.
+template <class Storage>
 struct Scratch {
-  W *scores, *wide, *lanes, *halves, *quarters, *sums;
+  using W = Wide<Storage>;
+  W *scores, *queries, *values, *shrink;
 
   Scratch(std::int64_t heads, std::int64_t width)
-      : scores(new W[heads * (kBlock + kFold * (2 * kFoldLanes - kFoldLanes / 4 + 1)) +
-                     kTogether * width]),
-        wide(scores + heads * kBlock),
-        lanes(wide + kTogether * width),
-        halves(lanes + heads * kFold * kFoldLanes),
-        quarters(halves + heads * kFold * kFoldLanes / 2),
-        sums(quarters + heads * kFold * kFoldLanes / 4) {}
+      : scores(new W[heads * (kScores + 2 * ordered_width<Storage>(width) + 1)]),
+        queries(scores + heads * kScores),
+        values(queries + heads * ordered_width<Storage>(width)),
+        shrink(values + heads * ordered_width<Storage>(width)) {}
   Scratch(const Scratch&) = delete;
   ~Scratch() { delete[] scores; }
 };
 
-// The products of a query and a key, in kFoldLanes running sums. They are added up later, for many
-// keys at once: one by one that would cost more than the products.
-template <int kWidth, class W, class Row>
-void add_products(const W* __restrict q, const Row* __restrict row, std::int64_t any_width,
-                  W* __restrict lanes) {
-  const std::int64_t width = kWidth > 0 ? kWidth : any_width;
-  W sums[kFoldLanes] = {};
-  std::int64_t i = 0;
-  for (; i + kFoldLanes <= width; i += kFoldLanes) {
-#pragma omp simd
-    for (std::int64_t k = 0; k < kFoldLanes; ++k) sums[k] += q[i + k] * widen(row[i + k]);
-  }
-  for (std::int64_t k = 0; k < width - i; ++k) sums[k] += q[i + k] * widen(row[i + k]);
-#pragma omp simd
-  for (std::int64_t k = 0; k < kFoldLanes; ++k) lanes[k] = sums[k];
-}
-
-// Adds the lanes of each of n rows up. Written so that the compiler needs few shuffles.
+// Query heads that go through keys and values together, and keys whose products are added up
+// together: as many products as a vector has lanes.
+constexpr int kKeysTogether = 4;
 template <class W>
-void fold(const W* __restrict lanes, std::int64_t n, W* __restrict halves, W* __restrict quarters,
-          W* __restrict sums) {
-  constexpr std::int64_t kHalf = kFoldLanes / 2, kQuarter = kFoldLanes / 4;
-  for (std::int64_t r = 0; r < n; ++r) {
-    for (std::int64_t k = 0; k < kHalf; ++k) {
-      halves[r * kHalf + k] = lanes[r * kFoldLanes + k] + lanes[r * kFoldLanes + kHalf + k];
-    }
-  }
-  for (std::int64_t r = 0; r < n; ++r) {
-    for (std::int64_t k = 0; k < kQuarter; ++k) {
-      quarters[r * kQuarter + k] = halves[r * kHalf + k] + halves[r * kHalf + kQuarter + k];
-    }
-  }
-  static_assert(kQuarter == 4);
-  for (std::int64_t r = 0; r < n; ++r) {
-    const W* four = quarters + r * kQuarter;
-    sums[r] = (four[0] + four[1]) + (four[2] + four[3]);
-  }
-}
+constexpr int kHeadsTogether = kLanes<W> > kKeysTogether ? kLanes<W> / kKeysTogether : 1;
+// Vectors of values of each head that are kept in registers.
+constexpr int kVectors = 4;
 
-template <int kWidth, class W, class Row>
-void add_four(const W* weights, const Row* const* rows, std::int64_t any_width,
-              W* __restrict values) {
+// kHeadsTogether query heads: their numbers, and where their kv head begins in a slot.
+template <class Storage>
+struct Heads {
+  static constexpr int n = kHeadsTogether<Wide<Storage>>;
+  std::int64_t head[n], at[n];
+};
+
+// Products of the heads' queries with four keys: products[j * 4 + i] is head j's with key i.
+// shared: all heads read one kv head, and it is loaded once for them.
+template <bool shared, int kWidth, class Storage>
+inline void multiply_keys(const Heads<Storage>& heads, const Wide<Storage>* queries,
+                          const Storage* const* rows, std::int64_t any_width,
+                          Wide<Storage>* __restrict products) {
+  using W = Wide<Storage>;
+  constexpr int n = Heads<Storage>::n, step = kTwo<Storage>;
   const std::int64_t width = kWidth > 0 ? kWidth : any_width;
-  const Row* __restrict a = rows[0];
-  const Row* __restrict b = rows[1];
-  const Row* __restrict c = rows[2];
-  const Row* __restrict d = rows[3];
-  const W wa = weights[0], wb = weights[1], wc = weights[2], wd = weights[3];
-#pragma omp simd
-  for (std::int64_t i = 0; i < width; ++i) {
-    values[i] += (wa * widen(a[i]) + wb * widen(b[i])) + (wc * widen(c[i]) + wd * widen(d[i]));
-  }
-}
-
-template <class W, class Row>
-void add_one(W weight, const Row* __restrict row, std::int64_t width, W* __restrict values) {
-#pragma omp simd
-  for (std::int64_t i = 0; i < width; ++i) values[i] += weight * widen(row[i]);
-}
-
-// Calls use(rows, head) for each query head: rows are those of its kv head in kRows slots. 16-bit
-// rows that several heads share are widened once, into `wide`.
-template <int kRows, class Storage, class Use>
-void for_each_head(const Problem<Storage>& problem, const Storage* cache, const Strides& strides,
-                   const std::int64_t* slots, Wide<Storage>* wide, const Use& use) {
-  using W = Wide<Storage>;
-  const std::int64_t width = problem.width, shared = problem.shared;
-  for (std::int64_t g = 0; g < problem.groups; ++g) {
-    const Storage* rows[kRows];
-    for (int r = 0; r < kRows; ++r) rows[r] = cache + slots[r] * strides.slot + g * strides.head;
-    if (sizeof(Storage) == sizeof(W) || shared == 1) {
-      for (std::int64_t j = 0; j < shared; ++j) use(rows, g * shared + j);
-      continue;
-    }
-    const W* wide_rows[kRows];
-    for (int r = 0; r < kRows; ++r) {
-      W* __restrict to = wide + r * width;
-      const Storage* __restrict from = rows[r];
-#pragma omp simd
-      for (std::int64_t c = 0; c < width; ++c) to[c] = widen(from[c]);
-      wide_rows[r] = to;
-    }
-    for (std::int64_t j = 0; j < shared; ++j) use(wide_rows, g * shared + j);
-  }
-}
-
-// Takes the scores s of n more keys in: they become weights. What was summed before is scaled down
-// where the largest score grows.
-template <class W>
-void take_in(W* __restrict s, std::int64_t n, std::int64_t width, W* largest, W* sum,
-             W* __restrict values) {
-  W new_largest = *largest;
-#pragma omp simd reduction(max : new_largest)
-  for (std::int64_t i = 0; i < n; ++i) new_largest = s[i] > new_largest ? s[i] : new_largest;
-  // Only -inf so far: -inf - -inf would be NaN where it should be 0.
-  const W shift = new_largest == -INFINITY ? W(0) : new_largest;
-  const W shrink = exp_of(*largest - shift);
-  W added = 0;
-#pragma omp simd reduction(+ : added)
-  for (std::int64_t i = 0; i < n; ++i) {
-    s[i] = exp_of(s[i] - shift);
-    added += s[i];
-  }
-  *largest = new_largest;
-  *sum = *sum * shrink + added;
-#pragma omp simd
-  for (std::int64_t c = 0; c < width; ++c) values[c] *= shrink;
-}
-
-// The scores of keys [begin, end) of a block with the queries of one token: scores (heads, kBlock).
-template <int kWidth, class Storage>
-void score(const Problem<Storage>& problem, const Storage* keys, const Block& block,
-           std::int64_t begin, std::int64_t end, const Wide<Storage>* q,
-           const Scratch<Wide<Storage>>& scratch) {
-  using W = Wide<Storage>;
-  const std::int64_t width = problem.width, heads = problem.heads();
-  W *lanes = scratch.lanes, *sums = scratch.sums;
-  for (std::int64_t first = begin; first < end; first += kFold) {
-    const std::int64_t last = first + kFold < end ? first + kFold : end;
-    for (std::int64_t i = first; i < last; ++i) {
-      W* to = lanes + (i - first) * heads * kFoldLanes;
-      for_each_head<1>(problem, keys, problem.k_strides, block.slots + i, scratch.wide,
-                       [=](auto rows, std::int64_t head) {
-                         add_products<kWidth>(q + head * width, rows[0], width,
-                                              to + head * kFoldLanes);
-                       });
-    }
-    fold(lanes, (last - first) * heads, scratch.halves, scratch.quarters, sums);
-    for (std::int64_t head = 0; head < heads; ++head) {
-      W* scores = scratch.scores + head * kBlock + first;
-      for (std::int64_t i = 0; i < last - first; ++i) {
-        scores[i] = sums[i * heads + head] * problem.scale;
+  const std::int64_t ordered = ordered_width<Storage>(width);
+  Vector<W> sums[n * kKeysTogether];
+#pragma GCC unroll 16
+  for (int k = 0; k < n * kKeysTogether; ++k) sums[k] = Vector<W>{};
+  const W* q[n];
+#pragma GCC unroll 4
+  for (int j = 0; j < n; ++j) q[j] = queries + heads.head[j] * ordered;
+  for (std::int64_t c = 0; c < width; c += step) {
+    Vector<W> a, b;
+    const auto load_row = [&](const Storage* from) {
+      if (width - c < step) {
+        load_part(from, width - c, a, b);
+      } else {
+        load_two(from, a, b);
+      }
+    };
+    if constexpr (shared) {
+#pragma GCC unroll 4
+      for (int i = 0; i < kKeysTogether; ++i) {
+        load_row(rows[i] + heads.at[0] + c);
+#pragma GCC unroll 4
+        for (int j = 0; j < n; ++j) {
+          sums[j * kKeysTogether + i] += load(q[j] + c) * a;
+          sums[j * kKeysTogether + i] += load(q[j] + c + step / 2) * b;
+        }
+      }
+    } else {
+#pragma GCC unroll 4
+      for (int j = 0; j < n; ++j) {
+        const Vector<W> q_a = load(q[j] + c), q_b = load(q[j] + c + step / 2);
+#pragma GCC unroll 4
+        for (int i = 0; i < kKeysTogether; ++i) {
+          load_row(rows[i] + heads.at[j] + c);
+          sums[j * kKeysTogether + i] += q_a * a;
+          sums[j * kKeysTogether + i] += q_b * b;
+        }
       }
     }
   }
+  fold<1, n * kKeysTogether>(sums);
+#pragma GCC unroll 4
+  for (int k = 0; k < n * kKeysTogether / kLanes<W>; ++k) store(sums[k], products + k * kLanes<W>);
+}
+
+// values[j] = shrink[j] * values[j] + sum_i weights[j][i] * rows[i], channels [c, c + kPairs *
+// kTwo), of which the last `part` are there if that is not 0.
+template <bool shared, int kPairs, class Storage>
+inline void add_rows(const Heads<Storage>& heads, const Scratch<Storage>& scratch,
+                     std::int64_t begin, std::int64_t end, const Storage* const* rows,
+                     std::int64_t ordered, std::int64_t c, std::int64_t part) {
+  using W = Wide<Storage>;
+  constexpr int n = Heads<Storage>::n, lanes = kLanes<W>;
+  Vector<W> sums[n][2 * kPairs];
+  const W* weights[n];
+#pragma GCC unroll 4
+  for (int j = 0; j < n; ++j) {
+    weights[j] = scratch.scores + heads.head[j] * kScores;
+    const W shrink = scratch.shrink[heads.head[j]];
+    const W* from = scratch.values + heads.head[j] * ordered + c;
+#pragma GCC unroll 4
+    for (int v = 0; v < 2 * kPairs; ++v) sums[j][v] = shrink * load(from + v * lanes);
+  }
+  for (std::int64_t i = begin; i < end; ++i) {
+    Vector<W> row[2 * kPairs];
+#pragma GCC unroll 4
+    for (int j = 0; j < n; ++j) {
+      if (j == 0 || !shared) {
+        const Storage* from = rows[i] + heads.at[j] + c;
+#pragma GCC unroll 2
+        for (int v = 0; v < kPairs; ++v) {
+          if (kPairs == 1 && part > 0) {
+            load_part(from, part, row[0], row[1]);
+          } else {
+            load_two(from + v * kTwo<Storage>, row[2 * v], row[2 * v + 1]);
+          }
+        }
+      }
+      const W weight = weights[j][i];
+#pragma GCC unroll 4
+      for (int v = 0; v < 2 * kPairs; ++v) sums[j][v] += weight * row[v];
+    }
+  }
+#pragma GCC unroll 4
+  for (int j = 0; j < n; ++j) {
+    W* to = scratch.values + heads.head[j] * ordered + c;
+#pragma GCC unroll 4
+    for (int v = 0; v < 2 * kPairs; ++v) store(sums[j][v], to + v * lanes);
+  }
+}
+
+// Calls use(heads, are_shared) for every query head, kHeadsTogether at a time; the last of them
+// again where they do not come out even, which computes the same twice.
+template <class Storage, class Use>
+inline void for_each_heads(const Problem<Storage>& problem, std::int64_t head_stride,
+                           const Use& use) {
+  constexpr int n = Heads<Storage>::n;
+  const std::int64_t total = problem.heads(), shared = problem.shared;
+  for (std::int64_t first = 0; first < total; first += n) {
+    Heads<Storage> heads;
+    for (int j = 0; j < n; ++j) {
+      heads.head[j] = first + j < total ? first + j : total - 1;
+      heads.at[j] = heads.head[j] / shared * head_stride;
+    }
+    if (shared % n == 0) {
+      use(heads, std::true_type{});
+    } else {
+      use(heads, std::false_type{});
+    }
+  }
+}
+
+// The scores of the queries with keys [begin, end) of a block.
+template <int kWidth, class Storage>
+void score(const Problem<Storage>& problem, const Storage* const* rows, std::int64_t begin,
+           std::int64_t end, const Scratch<Storage>& scratch) {
+  using W = Wide<Storage>;
+  for (std::int64_t i = begin; i < end; i += kKeysTogether) {
+    const Storage* keys[kKeysTogether];
+    for (std::int64_t k = 0; k < kKeysTogether; ++k) keys[k] = rows[i + k < end ? i + k : i];
+    for_each_heads<Storage>(problem, problem.k_strides.head,
+                            [&](const Heads<Storage>& heads, auto shared) {
+                              W products[Heads<Storage>::n * kKeysTogether];
+                              multiply_keys<decltype(shared)::value, kWidth>(
+                                  heads, scratch.queries, keys, problem.width, products);
+                              for (int j = 0; j < Heads<Storage>::n; ++j) {
+                                W* to = scratch.scores + heads.head[j] * kScores + i;
+                                for (int k = 0; k < kKeysTogether; ++k) {
+                                  to[k] = products[j * kKeysTogether + k] * problem.scale;
+                                }
+                              }
+                            });
+  }
+}
+
+template <int kWidth, class Storage>
+void add_weighted(const Problem<Storage>& problem, const Storage* const* rows, std::int64_t begin,
+                  std::int64_t end, const Scratch<Storage>& scratch) {
+  constexpr int kPairs = kVectors / 2, step = kTwo<Storage>;
+  const std::int64_t width = kWidth > 0 ? kWidth : problem.width;
+  const std::int64_t ordered = ordered_width<Storage>(width);
+  for_each_heads<Storage>(
+      problem, problem.v_strides.head, [&](const Heads<Storage>& heads, auto is_shared) {
+        constexpr bool shared = decltype(is_shared)::value;
+        std::int64_t c = 0;
+        for (; c + kPairs * step <= width; c += kPairs * step) {
+          add_rows<shared, kPairs>(heads, scratch, begin, end, rows, ordered, c, 0);
+        }
+        for (; c < width; c += step) {
+          const std::int64_t part = width - c < step ? width - c : 0;
+          add_rows<shared, 1>(heads, scratch, begin, end, rows, ordered, c, part);
+        }
+      });
 }
 
 template <int kWidth, class Storage>
 void take_in_block(const Problem<Storage>& problem, const Block& block, std::int64_t b,
-                   const Seen& seen, const Partial<Wide<Storage>>& partial,
-                   const Scratch<Wide<Storage>>& scratch) {
-  using W = Wide<Storage>;
-  const std::int64_t width = problem.width, heads = problem.heads();
+                   std::int64_t position, const Partial<Wide<Storage>>& partial, std::int64_t row,
+                   const Scratch<Storage>& scratch) {
+  // What this query sees of the block has no gap.
+  const std::int64_t at = position - block.position;
+  const std::int64_t end = at + 1 < block.n ? at + 1 : block.n;
+  // Compared first: a position less a window of 2^63 - 1 is not an int64.
+  const bool cut = problem.window > 0 && !block.are_sinks && problem.window <= at;
+  const std::int64_t begin = cut ? at - problem.window + 1 : 0;
+  if (begin >= end) return;
+  const Storage* rows[kBlock];
   const Storage* keys = problem.k_cache + b * problem.k_strides.batch;
-  const Storage* cached_values = problem.v_cache + b * problem.v_strides.batch;
-  W* scores = scratch.scores;
-  for (std::int64_t t = 0; t < seen.count; ++t) {
-    // What this query sees of the block has no gap.
-    const std::int64_t at = seen.start + t - block.position;
-    const std::int64_t end = at + 1 < block.n ? at + 1 : block.n;
-    // Compared first: a position less a window of 2^63 - 1 is not an int64.
-    const bool cut = problem.window > 0 && !block.are_sinks && problem.window <= at;
-    const std::int64_t begin = cut ? at - problem.window + 1 : 0;
-    if (begin >= end) continue;
-    score<kWidth>(problem, keys, block, begin, end, problem.q + problem.query(b, t) * heads * width,
-                  scratch);
-    W* values = partial.values + t * heads * width;
-    for (std::int64_t head = 0; head < heads; ++head) {
-      const std::int64_t row = t * heads + head;
-      take_in(scores + head * kBlock + begin, end - begin, width, partial.largest + row,
-              partial.sum + row, values + head * width);
-    }
-    std::int64_t i = begin;
-    for (; i + kTogether <= end; i += kTogether) {
-      for_each_head<kTogether>(problem, cached_values, problem.v_strides, block.slots + i,
-                               scratch.wide, [=](auto rows, std::int64_t head) {
-                                 add_four<kWidth>(scores + head * kBlock + i, rows, width,
-                                                  values + head * width);
-                               });
-    }
-    for (; i < end; ++i) {
-      for_each_head<1>(problem, cached_values, problem.v_strides, block.slots + i, scratch.wide,
-                       [=](auto rows, std::int64_t head) {
-                         add_one(scores[head * kBlock + i], rows[0], width, values + head * width);
-                       });
-    }
+  for (std::int64_t i = begin; i < end; ++i)
+    rows[i] = keys + block.slots[i] * problem.k_strides.slot;
+  score<kWidth>(problem, rows, begin, end, scratch);
+  for (std::int64_t head = 0; head < problem.heads(); ++head) {
+    scratch.shrink[head] = to_weights(scratch.scores + head * kScores + begin, end - begin,
+                                      partial.largest + row + head, partial.sum + row + head);
   }
+  const Storage* values = problem.v_cache + b * problem.v_strides.batch;
+  for (std::int64_t i = begin; i < end; ++i) {
+    rows[i] = values + block.slots[i] * problem.v_strides.slot;
+  }
+  add_weighted<kWidth>(problem, rows, begin, end, scratch);
 }
 
 template <int kWidth, class Storage>
 void take_in_chunk(const Problem<Storage>& problem, std::int64_t item,
-                   const Partial<Wide<Storage>>& partial, const Scratch<Wide<Storage>>& scratch) {
-  using W = Wide<Storage>;
-  const std::int64_t b = item / problem.n_chunks, rows = problem.rows();
-  for (std::int64_t i = 0; i < rows; ++i) partial.largest[i] = -INFINITY, partial.sum[i] = 0;
-  for (std::int64_t i = 0; i < rows * problem.width; ++i) partial.values[i] = W(0);
+                   const Partial<Wide<Storage>>& partial, const Scratch<Storage>& scratch) {
+  const std::int64_t b = item / problem.n_chunks, heads = problem.heads(), width = problem.width;
+  const std::int64_t wide = ordered_width<Storage>(width);
   const Seen seen = problem.seen(b);
-  std::int64_t i = item % problem.n_chunks * problem.chunk;
-  const std::int64_t end = i + problem.chunk < seen.n ? i + problem.chunk : seen.n;
-  while (i < end) {
-    const Block block(seen, i, end, problem.sinks, problem.ring);
-    take_in_block<kWidth>(problem, block, b, seen, partial, scratch);
-    i += block.n;
+  const std::int64_t first = item % problem.n_chunks * problem.chunk;
+  const std::int64_t end = first + problem.chunk < seen.n ? first + problem.chunk : seen.n;
+  for (std::int64_t t = 0; t < problem.tokens; ++t) {
+    const std::int64_t row = t * heads;
+    for (std::int64_t i = row; i < row + heads; ++i) {
+      partial.largest[i] = -INFINITY, partial.sum[i] = 0;
+    }
+    for (std::int64_t i = 0; i < heads * wide; ++i) scratch.values[i] = 0;
+    if (t < seen.count && first < end) {
+      for (std::int64_t head = 0; head < heads; ++head) {
+        to_order<Storage>(problem.q + (problem.query(b, t) * heads + head) * width, width,
+                          scratch.queries + head * wide);
+      }
+    }
+    for (std::int64_t i = first; t < seen.count && i < end;) {
+      const Block block(seen, i, end, problem.sinks, problem.ring);
+      take_in_block<kWidth>(problem, block, b, seen.start + t, partial, row, scratch);
+      i += block.n;
+    }
+    for (std::int64_t head = 0; head < heads; ++head) {
+      from_order<Storage>(scratch.values + head * wide, width,
+                          partial.values + (row + head) * width);
+    }
   }
 }
 

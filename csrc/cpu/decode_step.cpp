@@ -210,7 +210,7 @@ class Pass {
     const std::int64_t k = plan_.head_width, heads_width = plan_.heads * k;
     const Problem<Cached> problem = attention_problem(keys);
     team.for_each(step_.batch * n_chunks_, [&](std::int64_t item) {
-      const Scratch<float> scratch(plan_.heads, k);
+      const Scratch<Cached> scratch(plan_.heads, k);
       const Partial<float> partial(partials_, item, step_.batch * n_chunks_, problem.rows(), k);
       if (k == 64) {
         take_in_chunk<64>(problem, item, partial, scratch);

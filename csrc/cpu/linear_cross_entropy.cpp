@@ -1,121 +1,339 @@
-// One chunk of logits to its losses, and to its gradient in place. The equations are in
-// pyllm/reference/linear_cross_entropy.py; the launcher does the matrix products.
+// The output projection and its cross-entropy. The equations are in
+// pyllm/reference/linear_cross_entropy.py.
+//
+// Forward: a panel of words (tile.h) meets all rows, and each row keeps a running maximum and sum
+// of exponentials for a range of words; the logits are nowhere. Backward: a block of words at a
+// time, whose logits are computed once more and become their gradient; that is multiplied with the
+// rows for the words' own gradient, and with the words for the rows' gradient, which is added up
+// block by block in float.
 
+#include <atomic>
 #include <cmath>
 #include <cstdint>
 
 #include "cpu/kernels.h"
 #include "cpu/numeric.h"
-#include "cpu/parallel.h"
+#include "cpu/row_tiles.h"
+#include "cpu/scratch.h"
+#include "cpu/team.h"
+#include "cpu/tile.h"
+#include "cpu/tile_results.h"
 #include "cpu/vector_math.h"
 
 namespace pyllm::PYLLM_ISA {
 namespace {
 
-// Elements in a range handed to a thread: enough to hide the hand-over (about 1 us).
-constexpr std::int64_t kElementsPerRange = per_range(16384);
+// Ranges of words whose sums are kept apart: more than there are threads.
+constexpr std::int64_t kRanges = 64;
+// Rows combined, and words' gradients computed, in one piece.
+constexpr std::int64_t kRowsPerTask = 256, kGroupsPerTask = 4;
 
 template <class Storage>
-Wide<Storage> log_sum_exp(const Storage* __restrict z, std::int64_t width) {
+struct Projection {
   using W = Wide<Storage>;
-  W largest = -INFINITY;
-#pragma omp simd reduction(max : largest)
-  for (std::int64_t i = 0; i < width; ++i) {
-    const W value = widen(z[i]);
-    largest = value > largest ? value : largest;
+  const Storage *x, *weight;
+  const std::int64_t* targets;
+  std::int64_t ignore_index, n_rows, width, n_words;
+
+  std::int64_t steps() const { return steps_of<Storage>(width); }
+  std::int64_t n_panels() const {
+    return (n_words + kTileColumns<Storage> - 1) / kTileColumns<Storage>;
   }
-  // With an infinite largest value, z - largest would be NaN where it should be 0 or inf.
-  const W shift = largest - largest == 0 ? largest : W(0);
-  W sum = 0;
-#pragma omp simd reduction(+ : sum)
-  for (std::int64_t i = 0; i < width; ++i) sum += exp_of(widen(z[i]) - shift);
-  return shift + W(::log(static_cast<double>(sum)));
+  const Storage* row(std::int64_t r) const { return x + r * width; }
+
+  void pack_rows(std::int64_t tile, Unit<Storage>* packed) const {
+    const RowTile rows = tile_of(0, n_rows, tile);
+    const Storage* lines[kTileRows];
+    for (int i = 0; i < rows.rows; ++i) lines[i] = row(rows.first + i);
+    pack_lines<kTileRows>(lines, rows.rows, width, packed + tile * steps() * kTileRows);
+  }
+
+  // Calls put(rows, sums, first word, how many) with the logits of a panel's words for each tile.
+  template <class Put>
+  void logits(std::int64_t panel_index, const Unit<Storage>* x_packed, Unit<Storage>* panel,
+              const Put& put) const {
+    constexpr int columns = kTileColumns<Storage>;
+    const std::int64_t first = panel_index * columns;
+    const int n = static_cast<int>(std::min<std::int64_t>(columns, n_words - first));
+    const Storage* lines[columns];
+    for (int i = 0; i < n; ++i) lines[i] = weight + (first + i) * width;
+    pack_lines<columns>(lines, n, width, panel);
+    alignas(64) W sums[kTileRows * columns];
+    for (std::int64_t t = 0; t < tiles_of(n_rows); ++t) {
+      const RowTile tile = tile_of(0, n_rows, t);
+      tile_products(tile.rows, x_packed + t * steps() * kTileRows, panel, steps(), sums);
+      put(tile, sums, first, n);
+    }
+  }
+};
+
+// With an infinite largest value, z - largest would be NaN where it should be 0 or inf.
+template <class W>
+W shift_of(W largest) {
+  return largest - largest == 0 ? largest : W(0);
+}
+
+// The sum of exponentials with another shift. Nothing stays nothing, whatever the factor.
+template <class W>
+W shifted(W sum, W from, W to) {
+  return sum > 0 ? sum * exp_of(from - to) : sum;
+}
+
+// Adds `columns` logits to a row's largest value so far and its sum of exponentials of what lies
+// below that.
+template <int columns, class W>
+void add_logits(const W* __restrict z, W& largest, W& sum) {
+  W most = -INFINITY;
+#pragma omp simd reduction(max : most)
+  for (int i = 0; i < columns; ++i) most = z[i] > most ? z[i] : most;
+  if (most > largest) {
+    sum = shifted(sum, shift_of(largest), shift_of(most));
+    largest = most;
+  }
+  const W shift = shift_of(largest);
+  W part = 0;
+#pragma omp simd reduction(+ : part)
+  for (int i = 0; i < columns; ++i) part += exp_of(z[i] - shift);
+  sum += part;
 }
 
 template <class Storage>
-void forward(const Storage* logits, const std::int64_t* targets, std::int64_t ignore_index,
-             Wide<Storage>* loss, Wide<Storage>* lse, std::int64_t rows, std::int64_t width,
-             int n_threads) {
-  parallel_for(rows, rows_per_range(kElementsPerRange, width), n_threads,
-               [=](std::int64_t begin, std::int64_t end) {
-                 for (std::int64_t row = begin; row < end; ++row) {
-                   const Storage* z = logits + row * width;
-                   lse[row] = log_sum_exp(z, width);
-                   const std::int64_t target = targets[row];
-                   loss[row] = target == ignore_index ? 0 : lse[row] - widen(z[target]);
-                 }
-               });
-}
+struct ForwardScratch {
+  Unit<Storage>*x_packed, *panels;
+  Wide<Storage>*largest, *sums, *at_target;
+};
 
 template <class Storage>
-void backward(Storage* logits, const std::int64_t* targets, std::int64_t ignore_index,
-              const Wide<Storage>* lse, const Wide<Storage>* dloss, std::int64_t rows,
-              std::int64_t width, int n_threads) {
+void forward(const Projection<Storage>& p, Wide<Storage>* loss, Wide<Storage>* lse, int n_threads) {
   using W = Wide<Storage>;
-  parallel_for(rows, rows_per_range(kElementsPerRange, width), n_threads,
-               [=](std::int64_t begin, std::int64_t end) {
-                 for (std::int64_t row = begin; row < end; ++row) {
-                   Storage* __restrict z = logits + row * width;
-                   const std::int64_t target = targets[row];
-                   if (target == ignore_index) {
-                     for (std::int64_t i = 0; i < width; ++i) z[i] = narrow<Storage>(0);
-                     continue;
-                   }
-                   const W upstream = dloss[row], shift = lse[row];
-                   const W at_target = (exp_of(widen(z[target]) - shift) - W(1)) * upstream;
+  constexpr int columns = kTileColumns<Storage>;
+  const std::int64_t n_tiles = tiles_of(p.n_rows), steps = p.steps();
+  const std::int64_t per_range = (p.n_panels() + kRanges - 1) / kRanges;
+  const std::int64_t n_ranges = per_range > 0 ? (p.n_panels() + per_range - 1) / per_range : 0;
+  Team team(3);
+  const Scratch<ForwardScratch<Storage>> scratch([&](Cutter& cutter) {
+    ForwardScratch<Storage> arrays;
+    arrays.x_packed = cutter.take<Unit<Storage>>(n_tiles * steps * kTileRows);
+    arrays.panels = cutter.take<Unit<Storage>>(steps * columns * n_threads);
+    arrays.largest = cutter.take<W>(n_ranges * p.n_rows);
+    arrays.sums = cutter.take<W>(n_ranges * p.n_rows);
+    arrays.at_target = cutter.take<W>(p.n_rows);
+    return arrays;
+  });
+  std::atomic<int> next_member{0};
+  team.run(n_threads, [&](Team::Member& member) {
+    Unit<Storage>* panel = scratch->panels + next_member.fetch_add(1) * steps * columns;
+    member.for_each(n_tiles, [&](std::int64_t t) { p.pack_rows(t, scratch->x_packed); });
+    member.for_each(n_ranges, [&](std::int64_t range) {
+      W* largest = scratch->largest + range * p.n_rows;
+      W* sums = scratch->sums + range * p.n_rows;
+      for (std::int64_t r = 0; r < p.n_rows; ++r) largest[r] = -INFINITY, sums[r] = 0;
+      const std::int64_t end = std::min(p.n_panels(), (range + 1) * per_range);
+      for (std::int64_t at = range * per_range; at < end; ++at) {
+        p.logits(at, scratch->x_packed, panel, [&](RowTile tile, W* z, std::int64_t first, int n) {
+          for (int i = 0; i < tile.rows; ++i, z += columns) {
+            const std::int64_t row = tile.first + i, target = p.targets[row] - first;
+            if (target >= 0 && target < n) scratch->at_target[row] = z[target];
+            for (int k = n; k < columns; ++k) z[k] = -INFINITY;
+            add_logits<columns>(z, largest[row], sums[row]);
+          }
+        });
+      }
+    });
+    member.for_each((p.n_rows + kRowsPerTask - 1) / kRowsPerTask, [&](std::int64_t task) {
+      const std::int64_t end = std::min(p.n_rows, (task + 1) * kRowsPerTask);
+      for (std::int64_t row = task * kRowsPerTask; row < end; ++row) {
+        W largest = -INFINITY, sum = 0;
+        for (std::int64_t range = 0; range < n_ranges; ++range) {
+          const W other = scratch->largest[range * p.n_rows + row];
+          largest = other > largest ? other : largest;
+        }
+        const W shift = shift_of(largest);
+        for (std::int64_t range = 0; range < n_ranges; ++range) {
+          const std::int64_t at = range * p.n_rows + row;
+          sum += shifted(scratch->sums[at], shift_of(scratch->largest[at]), shift);
+        }
+        lse[row] = shift + W(::log(static_cast<double>(sum)));
+        loss[row] = p.targets[row] == p.ignore_index ? 0 : lse[row] - scratch->at_target[row];
+      }
+    });
+  });
+}
+
+// One row of logits to their gradient; target: its column here, or none.
+template <int columns, class Storage>
+void gradient_row(const Wide<Storage>* __restrict z, std::int64_t target, int n, Wide<Storage> lse,
+                  Wide<Storage> upstream, Storage* __restrict dz) {
+  using W = Wide<Storage>;
+  if (n == columns) {
 #pragma omp simd
-                   for (std::int64_t i = 0; i < width; ++i) {
-                     z[i] = narrow<Storage>(exp_of(widen(z[i]) - shift) * upstream);
-                   }
-                   z[target] = narrow<Storage>(at_target);
-                 }
-               });
+    for (int i = 0; i < columns; ++i) dz[i] = narrow<Storage>(exp_of(z[i] - lse) * upstream);
+  } else {
+    for (int i = 0; i < n; ++i) dz[i] = narrow<Storage>(exp_of(z[i] - lse) * upstream);
+  }
+  if (target >= 0 && target < n) {
+    dz[target] = narrow<Storage>((exp_of(z[target] - lse) - W(1)) * upstream);
+  }
 }
 
 template <class Storage>
-void add(bool first, const Storage* __restrict addend, Wide<Storage>* __restrict sum,
-         std::int64_t n, int n_threads) {
+struct BackwardScratch {
+  Unit<Storage>*x_packed, *x_panels, *dz_packed, *dz_columns, *panels;
+  Storage* dz;
+  Wide<Storage>* dx;
+};
+
+template <class Storage>
+void backward(const Projection<Storage>& p, const Wide<Storage>* lse, const Wide<Storage>* dloss,
+              Storage* dx, Storage* dweight, std::int64_t block_bytes, int n_threads) {
   using W = Wide<Storage>;
-  parallel_for(n, 4 * kElementsPerRange, n_threads, [=](std::int64_t begin, std::int64_t end) {
-    if (first) {
-#pragma omp simd
-      for (std::int64_t i = begin; i < end; ++i) sum[i] = W(widen(addend[i]));
-    } else {
-#pragma omp simd
-      for (std::int64_t i = begin; i < end; ++i) sum[i] += widen(addend[i]);
+  using U = Unit<Storage>;
+  constexpr int columns = kTileColumns<Storage>;
+  constexpr std::int64_t kUnit = columns * kTileRows;  // words that are whole panels and tiles
+  const std::int64_t n_tiles = tiles_of(p.n_rows), steps = p.steps();
+  const std::int64_t row_steps = steps_of<Storage>(p.n_rows);
+  const std::int64_t width_panels = (p.width + columns - 1) / columns;
+  const std::int64_t fit =
+      block_bytes / (std::max<std::int64_t>(p.n_rows, 1) * static_cast<std::int64_t>(sizeof(U)));
+  const std::int64_t block = std::max<std::int64_t>(1, fit / kUnit) * kUnit;
+  const std::int64_t block_steps = steps_of<Storage>(block);
+  const std::int64_t n_blocks = (p.n_words + block - 1) / block;
+  const std::int64_t panel = std::max(steps, block_steps) * columns;
+  prefer_large_pages(dweight, p.n_words * p.width * sizeof(Storage));
+  Team team(1 + 3 * n_blocks);
+  const Scratch<BackwardScratch<Storage>> scratch([&](Cutter& cutter) {
+    BackwardScratch<Storage> arrays;
+    arrays.x_packed = cutter.take<U>(n_tiles * steps * kTileRows);
+    arrays.x_panels = cutter.take<U>(width_panels * row_steps * columns);
+    arrays.dz_packed = cutter.take<U>(n_tiles * block_steps * kTileRows);
+    arrays.dz_columns = cutter.take<U>(block * row_steps);
+    arrays.panels = cutter.take<U>(panel * n_threads);
+    arrays.dz = cutter.take<Storage>(p.n_rows * block);
+    arrays.dx = cutter.take<W>(p.n_rows * p.width);
+    return arrays;
+  });
+  std::atomic<int> next_member{0};
+  team.run(n_threads, [&](Team::Member& member) {
+    U* own = scratch->panels + next_member.fetch_add(1) * panel;
+    const auto columns_at = [&](std::int64_t width_panel) {
+      return static_cast<int>(std::min<std::int64_t>(columns, p.width - width_panel * columns));
+    };
+    member.for_each(n_tiles + width_panels, [&](std::int64_t task) {
+      if (task < n_tiles) return p.pack_rows(task, scratch->x_packed);
+      const std::int64_t d = task - n_tiles;
+      pack_steps<columns, Storage>([&](std::int64_t k) { return p.row(k) + d * columns; },
+                                   columns_at(d), p.n_rows,
+                                   scratch->x_panels + d * row_steps * columns);
+    });
+    for (std::int64_t b = 0; b < n_blocks; ++b) {
+      const std::int64_t first_word = b * block, words = std::min(block, p.n_words - first_word);
+      const std::int64_t groups = (words + kTileRows - 1) / kTileRows;
+      member.for_each((words + columns - 1) / columns, [&](std::int64_t task) {
+        p.logits(first_word / columns + task, scratch->x_packed, own,
+                 [&](RowTile tile, const W* z, std::int64_t first, int n) {
+                   for (int i = 0; i < tile.rows; ++i) {
+                     const std::int64_t row = tile.first + i, target = p.targets[row];
+                     Storage* dz = scratch->dz + row * block + (first - first_word);
+                     if (target == p.ignore_index) {
+                       for (int k = 0; k < n; ++k) dz[k] = narrow<Storage>(0);
+                     } else {
+                       gradient_row<columns>(z + i * columns, target - first, n, lse[row],
+                                             dloss[row], dz);
+                     }
+                   }
+                 });
+      });
+      member.for_each(n_tiles + groups, [&](std::int64_t task) {
+        if (task < n_tiles) {
+          const RowTile tile = tile_of(0, p.n_rows, task);
+          const Storage* lines[kTileRows];
+          for (int i = 0; i < tile.rows; ++i) lines[i] = scratch->dz + (tile.first + i) * block;
+          pack_lines<kTileRows>(lines, tile.rows, words,
+                                scratch->dz_packed + task * steps_of<Storage>(words) * kTileRows);
+          return;
+        }
+        pack_columns<Storage>([&](std::int64_t k) { return scratch->dz + k * block; }, p.n_rows,
+                              task - n_tiles, words, scratch->dz_columns);
+      });
+      const std::int64_t tasks = (groups + kGroupsPerTask - 1) / kGroupsPerTask;
+      member.for_each(width_panels + tasks, [&](std::int64_t task) {
+        alignas(64) W sums[kTileRows * columns];
+        if (task < width_panels) {
+          const std::int64_t word_steps = steps_of<Storage>(words);
+          const Storage* w = p.weight + first_word * p.width + task * columns;
+          const int n = columns_at(task);
+          pack_steps<columns, Storage>([&](std::int64_t k) { return w + k * p.width; }, n, words,
+                                       own);
+          for (std::int64_t t = 0; t < n_tiles; ++t) {
+            const RowTile tile = tile_of(0, p.n_rows, t);
+            tile_products(tile.rows, scratch->dz_packed + t * word_steps * kTileRows, own,
+                          word_steps, sums);
+            for (int i = 0; i < tile.rows; ++i) {
+              W* sum = scratch->dx + (tile.first + i) * p.width + task * columns;
+              Storage* out = dx + (tile.first + i) * p.width + task * columns;
+              for (int k = 0; k < n; ++k) {
+                sum[k] = b == 0 ? sums[i * columns + k] : sum[k] + sums[i * columns + k];
+                if (b == n_blocks - 1) out[k] = narrow<Storage>(sum[k]);
+              }
+            }
+          }
+          return;
+        }
+        const std::int64_t first = (task - width_panels) * kGroupsPerTask;
+        for (std::int64_t d = 0; d < width_panels; ++d) {
+          for (std::int64_t g = first; g < std::min(groups, first + kGroupsPerTask); ++g) {
+            const std::int64_t word = g * kTileRows;
+            const int rows = static_cast<int>(std::min<std::int64_t>(kTileRows, words - word));
+            tile_products(rows, scratch->dz_columns + word * row_steps,
+                          scratch->x_panels + d * row_steps * columns, row_steps, sums);
+            stream_rows(sums, rows, columns_at(d),
+                        dweight + (first_word + word) * p.width + d * columns, p.width);
+          }
+        }
+        end_stream();
+      });
     }
   });
 }
 
+template <class Storage>
+Projection<Storage> projection(const void* x, const void* weight, const void* targets,
+                               std::int64_t ignore_index, std::int64_t n_rows, std::int64_t width,
+                               std::int64_t n_words) {
+  return {static_cast<const Storage*>(x),
+          static_cast<const Storage*>(weight),
+          static_cast<const std::int64_t*>(targets),
+          ignore_index,
+          n_rows,
+          width,
+          n_words};
+}
+
 }  // namespace
 
-void cross_entropy_forward(DType dtype, const void* logits, const void* targets,
-                           std::int64_t ignore_index, void* loss, void* lse, std::int64_t rows,
-                           std::int64_t width, int n_threads) {
+void linear_cross_entropy_forward(DType dtype, const void* x, const void* weight,
+                                  const void* targets, std::int64_t ignore_index, void* loss,
+                                  void* lse, std::int64_t n_rows, std::int64_t width,
+                                  std::int64_t n_words, int n_threads) {
   with_storage(dtype, [=](auto storage) {
     using S = decltype(storage);
     using W = Wide<S>;
-    forward(static_cast<const S*>(logits), static_cast<const std::int64_t*>(targets), ignore_index,
-            static_cast<W*>(loss), static_cast<W*>(lse), rows, width, n_threads);
+    forward(projection<S>(x, weight, targets, ignore_index, n_rows, width, n_words),
+            static_cast<W*>(loss), static_cast<W*>(lse), n_threads);
   });
 }
 
-void cross_entropy_backward(DType dtype, void* logits, const void* targets,
-                            std::int64_t ignore_index, const void* lse, const void* dloss,
-                            std::int64_t rows, std::int64_t width, int n_threads) {
+void linear_cross_entropy_backward(DType dtype, const void* x, const void* weight,
+                                   const void* targets, std::int64_t ignore_index, const void* lse,
+                                   const void* dloss, void* dx, void* dweight, std::int64_t n_rows,
+                                   std::int64_t width, std::int64_t n_words,
+                                   std::int64_t block_bytes, int n_threads) {
   with_storage(dtype, [=](auto storage) {
     using S = decltype(storage);
     using W = Wide<S>;
-    backward(static_cast<S*>(logits), static_cast<const std::int64_t*>(targets), ignore_index,
-             static_cast<const W*>(lse), static_cast<const W*>(dloss), rows, width, n_threads);
-  });
-}
-
-void accumulate(DType dtype, bool first, const void* addend, void* sum, std::int64_t n,
-                int n_threads) {
-  with_storage(dtype, [=](auto storage) {
-    using S = decltype(storage);
-    add(first, static_cast<const S*>(addend), static_cast<Wide<S>*>(sum), n, n_threads);
+    backward(projection<S>(x, weight, targets, ignore_index, n_rows, width, n_words),
+             static_cast<const W*>(lse), static_cast<const W*>(dloss), static_cast<S*>(dx),
+             static_cast<S*>(dweight), block_bytes, n_threads);
   });
 }
 

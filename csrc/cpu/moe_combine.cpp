@@ -71,7 +71,7 @@ void backward(const Storage* dy, const Storage* rows, const Wide<Storage>* weigh
 
 void moe_combine_forward(DType dtype, const void* rows, const void* weights, const void* position,
                          void* y, std::int64_t n_tokens, std::int64_t top_k, std::int64_t width,
-                         int n_threads) {
+                         int n_threads) noexcept {
   with_storage(dtype, [=](auto storage) {
     using S = decltype(storage);
     forward(static_cast<const S*>(rows), static_cast<const Wide<S>*>(weights),

@@ -1,31 +1,13 @@
-"""The expert network in C++ (``csrc/cpu/moe_ffn.cpp``) around PyTorch's matrix products.
-
-One expert at a time, in order: gather its rows, two products with the activation between them,
-and at the end the weighted sum over each token's rows. The products take a rounded number of rows
-(:func:`pyllm.cpu_kernels._shapes.rounded`). As inputs, the rows too many are zeros in a scratch
-buffer; as outputs, they fall on the rows of the next expert, written after them, or behind
-the last one. Scratch is allocated once per call: fresh memory costs a page fault per 4 KiB.
-"""
+"""The expert network in C++ (``csrc/cpu/moe_ffn.cpp``), behind the sort by expert."""
 
 import torch
 from torch import Tensor
 
-from pyllm.cpu_kernels._launch import accumulator, dtype_code, extension, ready
-from pyllm.cpu_kernels._routing import gather_rows, sort_by_expert, sum_rows
-from pyllm.cpu_kernels._shapes import SLACK, rounded
+from pyllm.cpu_kernels._launch import accumulator, dtype_code, extension, ready, require_range
+from pyllm.cpu_kernels._routing import sort_by_expert
 
-PRODUCTS_BY_TORCH = True
-"""Bits may change with the number of threads as those of PyTorch's products do; not in float32 and
-float64 where MKL_CBWR=AUTO,STRICT is set, as pyllm's scripts do."""
-
-
-def _blocks(offsets_E1: Tensor, dtype: torch.dtype) -> list[tuple[int, int, int]]:
-    """First row, number of rows and rounded number of rows of each expert."""
-    bounds = offsets_E1.tolist()
-    return [
-        (start, stop - start, rounded(stop - start, dtype))
-        for start, stop in zip(bounds[:-1], bounds[1:], strict=True)
-    ]
+GROUP_BYTES = 8 << 20
+"""Scratch of the experts that are worked on together: a share of the cache all threads read."""
 
 
 def moe_ffn_forward(
@@ -37,36 +19,32 @@ def moe_ffn_forward(
     activation: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """See :func:`pyllm.reference.moe_ffn.moe_ffn_forward`."""
-    code, native, threads = dtype_code("moe_ffn", x_ND.dtype), extension(), torch.get_num_threads()
+    code = dtype_code("moe_ffn", x_ND.dtype)
     order_R, position_NA, offsets_E1 = sort_by_expert(experts_NA, w_in_EFD.shape[0])
-    x_ND = x_ND.contiguous()
-    width, hidden, columns = x_ND.shape[1], w_out_EDF.shape[2], w_in_EFD.shape[1]
-    n_rows, top_k = order_R.shape[0], experts_NA.shape[1]
-    blocks = _blocks(offsets_E1, x_ND.dtype)
-    most = max((padded for _, _, padded in blocks), default=0)
-    pre_RF = x_ND.new_empty(n_rows + SLACK, columns)
-    y_RD = x_ND.new_empty(n_rows + SLACK, width)
-    x_scratch, h_scratch = x_ND.new_empty(most, width), x_ND.new_empty(most, hidden)
-    for e, (start, rows, padded) in enumerate(blocks):
-        if rows == 0:
-            continue
-        x_rows = gather_rows(x_ND, order_R[start : start + rows], top_k, x_scratch[:padded])
-        pre_rows, h_rows = pre_RF[start : start + padded], h_scratch[:padded]
-        torch.mm(x_rows, w_in_EFD[e].t(), out=pre_rows)
-        native.moe_activation_forward(
-            code,
-            activation == "swiglu",
-            pre_rows.data_ptr(),
-            h_rows.data_ptr(),
-            rows,
-            padded,
-            hidden,
-            threads,
-        )
-        torch.mm(h_rows, w_out_EDF[e].t(), out=y_RD[start : start + padded])
+    x_ND, w_in_EFD, w_out_EDF = x_ND.contiguous(), w_in_EFD.contiguous(), w_out_EDF.contiguous()
+    n_rows = order_R.shape[0]
+    pre_RF = x_ND.new_empty(n_rows, w_in_EFD.shape[1])
+    y_ND = x_ND.new_empty(x_ND.shape)
     weights_wide = ready(weights_NA, accumulator(x_ND.dtype))
-    y_ND = sum_rows("moe_ffn", y_RD, weights_wide, position_NA)
-    return y_ND, pre_RF[:n_rows], order_R, position_NA, offsets_E1
+    extension().moe_ffn_forward(
+        code,
+        activation == "swiglu",
+        x_ND.data_ptr(),
+        w_in_EFD.data_ptr(),
+        w_out_EDF.data_ptr(),
+        weights_wide.data_ptr(),
+        order_R.data_ptr(),
+        position_NA.data_ptr(),
+        offsets_E1.data_ptr(),
+        pre_RF.data_ptr(),
+        y_ND.data_ptr(),
+        x_ND.shape[0],
+        experts_NA.shape[1],
+        *w_out_EDF.shape,
+        GROUP_BYTES,
+        torch.get_num_threads(),
+    )
+    return y_ND, pre_RF, order_R, position_NA, offsets_E1
 
 
 def moe_ffn_backward(
@@ -82,48 +60,37 @@ def moe_ffn_backward(
     activation: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See :func:`pyllm.reference.moe_ffn.moe_ffn_backward`."""
-    code, native, threads = dtype_code("moe_ffn", x_ND.dtype), extension(), torch.get_num_threads()
+    code = dtype_code("moe_ffn", x_ND.dtype)
     dy_ND, x_ND, pre_RF = ready(dy_ND, x_ND.dtype), x_ND.contiguous(), pre_RF.contiguous()
+    w_in_EFD, w_out_EDF = w_in_EFD.contiguous(), w_out_EDF.contiguous()
     order_R, position_NA = ready(order_R, torch.int32), ready(position_NA, torch.int32)
+    offsets_E1 = ready(offsets_E1, torch.int32)
     weights_wide = ready(weights_NA, accumulator(x_ND.dtype))
-    width, hidden, columns = x_ND.shape[1], w_out_EDF.shape[2], w_in_EFD.shape[1]
-    n_rows, top_k = order_R.shape[0], weights_NA.shape[1]
-    blocks = _blocks(offsets_E1, x_ND.dtype)
-    most = max((padded for _, _, padded in blocks), default=0)
-    x_scratch, dy_scratch = x_ND.new_empty(most, width), x_ND.new_empty(most, width)
-    dh_scratch, wh_scratch = x_ND.new_empty(most, hidden), x_ND.new_empty(most, hidden)
-    dpre_scratch = x_ND.new_empty(most, columns)
-    dx_RD = x_ND.new_empty(n_rows + SLACK, width)
+    require_range("moe_ffn", "order", order_R, order_R.shape[0])
+    require_range("moe_ffn", "position", position_NA, order_R.shape[0])
+    dx_ND = x_ND.new_empty(x_ND.shape)
     dw_in, dw_out = w_in_EFD.new_empty(w_in_EFD.shape), w_out_EDF.new_empty(w_out_EDF.shape)
     dweights_NA = torch.empty_like(weights_wide)
-    for e, (start, rows, padded) in enumerate(blocks):
-        if rows == 0:
-            dw_in[e].zero_()
-            dw_out[e].zero_()
-            continue
-        order_rows = order_R[start : start + rows]
-        x_rows = gather_rows(x_ND, order_rows, top_k, x_scratch[:padded])
-        dy_rows = gather_rows(dy_ND, order_rows, top_k, dy_scratch[:padded])
-        dh_rows, wh_rows = dh_scratch[:padded], wh_scratch[:padded]
-        dpre_rows = dpre_scratch[:padded]
-        torch.mm(dy_rows, w_out_EDF[e], out=dh_rows)  # not yet weighted
-        native.moe_activation_backward(
-            code,
-            activation == "swiglu",
-            dh_rows.data_ptr(),
-            pre_RF[start].data_ptr(),
-            weights_wide.data_ptr(),
-            order_rows.data_ptr(),
-            wh_rows.data_ptr(),
-            dpre_rows.data_ptr(),
-            dweights_NA.data_ptr(),
-            rows,
-            padded,
-            hidden,
-            threads,
-        )
-        torch.mm(dy_rows.t(), wh_rows, out=dw_out[e])
-        torch.mm(dpre_rows.t(), x_rows, out=dw_in[e])
-        torch.mm(dpre_rows, w_in_EFD[e], out=dx_RD[start : start + padded])
-    dx_ND = sum_rows("moe_ffn", dx_RD, None, position_NA)
+    extension().moe_ffn_backward(
+        code,
+        activation == "swiglu",
+        dy_ND.data_ptr(),
+        x_ND.data_ptr(),
+        w_in_EFD.data_ptr(),
+        w_out_EDF.data_ptr(),
+        weights_wide.data_ptr(),
+        pre_RF.data_ptr(),
+        order_R.data_ptr(),
+        position_NA.data_ptr(),
+        offsets_E1.data_ptr(),
+        dx_ND.data_ptr(),
+        dw_in.data_ptr(),
+        dw_out.data_ptr(),
+        dweights_NA.data_ptr(),
+        x_ND.shape[0],
+        weights_NA.shape[1],
+        *w_out_EDF.shape,
+        GROUP_BYTES,
+        torch.get_num_threads(),
+    )
     return dx_ND, dw_in, dw_out, dweights_NA.to(weights_NA.dtype)

@@ -74,10 +74,15 @@ def _race(native: ModuleType) -> None:
 
 
 def _race_of_copies(native: ModuleType) -> None:
-    """By memcpy: with 0 tokens in all, the heads of each batch row go to the same place."""
-    packed, heads = torch.ones(ROWS, WIDTH), torch.empty(WIDTH)
-    sizes = (4, 1, 1, WIDTH, 0, 0, ROWS, 0, 1, 1)
-    native.unpack_heads(packed.data_ptr(), *sizes, heads.data_ptr(), 2)
+    """By memcpy: in a cache of 0 slots, the keys of each batch row go to the same place."""
+    new, cache = torch.ones(ROWS, WIDTH), torch.empty(2, WIDTH)
+    caches = (cache[0].data_ptr(), cache[1].data_ptr())
+    rows = (new.data_ptr(), WIDTH, WIDTH, WIDTH)
+    starts = torch.zeros(ROWS, dtype=torch.int32)
+    counts = torch.ones(ROWS, dtype=torch.int32)
+    sizes = (ROWS, 1, 0, 1, WIDTH)
+    at = (starts.data_ptr(), counts.data_ptr())
+    native.kv_append(new.element_size(), *caches, *rows, *rows, *at, 0, 0, *sizes, 2)
 
 
 MISUSES: Mapping[str, Mapping[str, Misuse]] = {

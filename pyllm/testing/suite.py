@@ -6,10 +6,8 @@ The parameters ``case``, ``smoke_case``, ``face``, ``dtype``, ``mutant`` and ``l
 in by ``parameters``, which a ``conftest.py`` calls from ``pytest_generate_tests``.
 """
 
-import importlib
 import os
 from collections.abc import Callable, Sequence
-from functools import cache
 from typing import Any, ClassVar
 from unittest import SkipTest
 
@@ -222,10 +220,7 @@ class ForwardSuite:
         _assert_same_bits(got, run_door(case, type(self).door, "reference", inputs, upstreams))
 
     def test_deterministic(self, face: str, set_threads: Callable[[int], None]) -> None:
-        """The same bits over ten runs, and on the cpu face over one, two and three threads.
-
-        The matrix products are PyTorch's: MKL keeps their bits where MKL_CBWR=AUTO,STRICT is set.
-        """
+        """The same bits over ten runs, and on the cpu face over one, two and three threads."""
         case = self.operation.smoke_cases[-1 if face == "triton" else 2]
         if face != "triton":
             case = max(self.operation.hostile_cases, key=_volume)
@@ -236,9 +231,6 @@ class ForwardSuite:
             _assert_same_bits(run_door(case, type(self).door, face, inputs, upstreams), first)
         if face != "cpu":
             return  # PyTorch's own operations split their sums by threads
-        module = importlib.import_module(f"pyllm.cpu_kernels.{case.op}")
-        if getattr(module, "PRODUCTS_BY_TORCH", False) and not products_ignore_threads():
-            raise SkipTest("the matrix products of this machine's BLAS change with the threads")
         for threads in (1, 2, 3):
             set_threads(threads)
             _assert_same_bits(run_door(case, type(self).door, face, inputs, upstreams), first)
@@ -355,30 +347,6 @@ def _lives(mutant: SourceMutant, operation: Operation) -> bool:
     # The few largest cases would take nine tenths of the time.
     cases = [case for case in operation.hostile_cases if _volume(case) <= MUTANT_VOLUME]
     return survives(face, operation.smoke_cases, DTYPES) and survives(face, cases, DTYPES)
-
-
-@cache
-def products_ignore_threads() -> bool:
-    """Whether float32 products have the same bits on one, two and three threads here.
-
-    Probed at three shapes that changed on a machine with MKL and without MKL_CBWR; other
-    libraries and processors may differ at others.
-    """
-    before = torch.get_num_threads()
-    generator = torch.Generator().manual_seed(0)
-    try:
-        for rows, columns, inner in ((1, 8, 256), (600, 97, 2048), (2048, 33, 2048)):
-            a = torch.randn(rows, inner, generator=generator)
-            b = torch.randn(inner, columns, generator=generator)
-            products = []
-            for threads in (1, 2, 3):
-                torch.set_num_threads(threads)
-                products.append(a @ b)
-            if not all(torch.equal(product, products[0]) for product in products):
-                return False
-    finally:
-        torch.set_num_threads(before)
-    return True
 
 
 def _with_nan(values: Arguments, name: str) -> Arguments:

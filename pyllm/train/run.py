@@ -16,7 +16,13 @@ from pyllm.evaluate import BitsPerByte, bits_per_byte
 from pyllm.models import Transformer, count_parameters, load_model
 from pyllm.models.durable import write_file
 from pyllm.train.config import RunConfig
-from pyllm.train.device import apply_threads, autocast, choose_device, choose_dtype
+from pyllm.train.device import (
+    apply_threads,
+    autocast,
+    choose_device,
+    choose_dtype,
+    keep_freed_memory,
+)
 from pyllm.train.interrupt import Terminated, terminable
 from pyllm.train.lock import run_lock
 from pyllm.train.log import RunLog, draw
@@ -103,6 +109,8 @@ def _train_and_score(config: RunConfig, folder: Path, console: Console) -> RunRe
     apply_threads(config.train)
     device = choose_device(config.train.device)
     dtype = choose_dtype(config.train.dtype, device)
+    if device.type == "cpu":
+        keep_freed_memory()
     seed_everything(config.train.seed)
     started = time.perf_counter()
     check_batch(config.train)

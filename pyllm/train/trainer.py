@@ -175,7 +175,11 @@ class Trainer:
                 group["lr"] = rate
             self.scaler.unscale_(optimizer)
         limit = self.config.grad_clip or math.inf
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit).item()
+        parameters = list(self.model.parameters())
+        total = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        norm = total.item()
+        if norm > limit:  # torch's clip_grad_norm_ multiplies by 1 otherwise: another pass
+            torch.nn.utils.clip_grads_with_norm_(parameters, limit, total)
         if math.isfinite(norm):
             self.progress.bad_in_a_row = 0
             for optimizer in self.optimizers:

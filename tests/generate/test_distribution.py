@@ -108,8 +108,8 @@ _NO_GRADIENT = "the same for logits that need no gradient"
 _GUESS = (
     "if n_words > max(SMALL_VOCABULARY, NUCLEUS_GUESS): assert total_B1 is not None "
     "values_BC = _largest(logits_BV, NUCLEUS_GUESS) covered_B1 = "
-    "(_log_sum(scaled(values_BC)) - total_B1).exp() if bool((covered_B1 >= config.top_p).all()): "
-    "return values_BC"
+    "(_log_sum(scaled(values_BC)) - total_B1).exp() if bool((covered_B1 >= "
+    "config.top_p).all()): return values_BC"
 )
 _ENDS = "seen only where the uniform number is 0 or rounds to 1: test_sampling.py"
 INVISIBLE = {

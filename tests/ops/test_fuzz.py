@@ -3,7 +3,7 @@
 ``pytest -m fuzz --fuzz 10000`` feeds as many to each property of each operation.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -201,6 +201,10 @@ def _roundings(dtype: torch.dtype) -> float:
     return (50.0 if dtype.itemsize == 2 else 1000.0) * torch.finfo(dtype).eps
 
 
+def _floating(values: Iterable[Any]) -> list[Tensor]:
+    return [one for one in values if isinstance(one, Tensor) and one.is_floating_point()]
+
+
 def _unit(inputs: Arguments) -> float:
     """What an error is measured in where a result is zero but for rounding: the sizes behind it."""
     unit = max(abs(inputs.get("scale") or 1.0), 1.0)
@@ -211,16 +215,19 @@ def _unit(inputs: Arguments) -> float:
     return unit
 
 
-def _assert_same(got: list[Tensor], expected: list[Tensor], unit: float, strict: bool) -> None:
+def _assert_same(
+    got: list[Tensor], expected: list[Tensor], inputs: Arguments, strict: bool
+) -> None:
     """Equal up to some roundings of the narrowest input; not finite in the same places.
 
     Unless ``strict``, a face may be finite where the reference is not: a key that no query sees
     gets no gradient from a NaN, though the textbook multiplies that NaN by zero.
     """
     assert len(got) == len(expected)
-    tolerance = max(
-        (_roundings(one.dtype) for one in expected if one.is_floating_point()), default=0
-    )
+    unit = _unit(inputs)
+    # A loss is float32 also where the logits behind it were rounded to 16 bits.
+    narrow = _floating([*expected, *inputs.values()])
+    tolerance = max((_roundings(one.dtype) for one in narrow), default=0)
     for have, want in zip(got, expected, strict=True):
         assert (have.dtype, have.shape, have.device) == (want.dtype, want.shape, want.device)
         if have.device.type == "meta":
@@ -271,11 +278,10 @@ def test_spoilt_inputs_give_the_right_numbers_or_one_line(
             assert not isinstance(got, str), f"{face} refuses what the reference takes: {got}"
             if _leaks(operation, inputs):
                 return
-            unit = _unit(inputs)
             # PyTorch's own fused attention gives zeros to a query of -inf.
-            _assert_same(got[0], expected[0], unit, strict=face != "torch")
+            _assert_same(got[0], expected[0], inputs, strict=face != "torch")
             # A softmax as steep as that is one or zero, and its gradient is rounding times scale.
             if abs(inputs.get("scale") or 1.0) <= 10:
-                _assert_same(got[1], expected[1], unit, strict=False)
+                _assert_same(got[1], expected[1], inputs, strict=False)
 
     check()

@@ -1,5 +1,8 @@
 """Precision and threads are chosen by what the machine has, or by what was asked for."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -48,3 +51,22 @@ def test_threads_are_set_only_when_asked() -> None:
     assert torch.get_num_threads() == 1
     device.apply_threads(TrainConfig(threads=2))
     assert torch.get_num_threads() == 2
+
+
+def test_freed_memory_is_kept_and_not_mapped_anew() -> None:
+    code = """
+import resource, torch
+from pyllm.train.device import keep_freed_memory
+
+def faults():  # of ten blocks, each freed before the next
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(10):
+        torch.ones(16 << 20)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+print(faults(), keep_freed_memory(), faults() and faults())
+"""
+    words = subprocess.check_output([sys.executable, "-c", code], text=True).split()
+    if words[1] == "False":
+        pytest.skip("this system's malloc has no mallopt")
+    assert int(words[2]) < int(words[0]) / 5

@@ -134,12 +134,15 @@ def _degenerate(sizes: Sizes) -> frozenset[str]:
 
 
 def _work(sizes: Sizes, item: int) -> tuple[float, float]:
-    rows = sizes["B"] * sizes["T"] * sizes["H"]
-    seen = sizes["S"] - (sizes["T"] - 1) / 2 if sizes["causal"] else sizes["S"]
-    if sizes["window"]:
-        seen = min(seen, sizes["window"] + sizes.get("sinks", 0))
-    keys = sizes["B"] * sizes["S"] * sizes["G"]
-    return 4.0 * rows * seen * sizes["K"], item * 2.0 * sizes["K"] * (rows + keys)
+    tokens, keys = sizes["T"], sizes["S"]
+    most = min(keys, sizes["window"] + sizes.get("sinks", 0)) if sizes["window"] else keys
+    if sizes["causal"]:
+        pairs = sum(min(max(keys - tokens + 1 + t, 0), most) for t in range(tokens))
+    else:
+        pairs = tokens * keys
+    heads = sizes["B"] * sizes["H"]
+    moved = tokens * heads + keys * sizes["B"] * sizes["G"]
+    return 4.0 * heads * pairs * sizes["K"], item * 2.0 * sizes["K"] * moved
 
 
 ATTENTION = Operation(
@@ -191,13 +194,25 @@ ATTENTION = Operation(
             "causal": True,
             "sinks": 4,
         },
+        # Keys beyond what one pass keeps, in lanes of several chunks, and rows in several blocks.
+        {"T": 50, "past": 1200, "B": 4, "G": 2, "J": 1, "K": 8, "window": 0, "causal": True},
+        {
+            "T": 30,
+            "past": 1270,
+            "B": 4,
+            "G": 2,
+            "J": 2,
+            "K": 8,
+            "window": 700,
+            "causal": True,
+            "sinks": 5,
+        },
         *(
             {**sizes, "B": 1, "G": 1, "J": 2, "K": width, "causal": True, "shift": shift}
             for sizes in ({"T": 33, "past": 7, "window": 0}, {"T": 64, "past": 0, "window": 16})
             for width, shift in ((8, 212), (33, 40))
         ),
     ),
-    blocks={"QUERY_TOKENS": 16, "SCRATCH_BYTES": 1},
     tiny={"T": 4, "past": 0, "B": 1, "G": 1, "J": 2, "K": 4, "window": 0, "causal": True},
     smoke=(
         {"T": 1, "past": 0, "B": 1, "G": 1, "J": 1, "K": 8, "window": 0, "causal": True},

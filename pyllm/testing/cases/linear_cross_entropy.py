@@ -22,7 +22,7 @@ def _inputs(sizes: Sizes, draw: Draw) -> Arguments:
     weight = draw.normal(vocabulary, width, scale=width**-0.5)
     if sizes.get("shift"):
         # The same large number on every logit changes no loss, but e^logit is infinite.
-        x[:, 0], weight[:, 0] = 1.0, 300.0
+        x[:, 0], weight[:, 0] = 1.0, 100.0
     return {"x": x, "weight": weight, "targets": targets, "ignore_index": ignore_index}
 
 
@@ -101,7 +101,7 @@ LINEAR_CROSS_ENTROPY = Operation(
         {"N": 7, "D": 300, "V": 40, "ignored": "some"},
         {"N": 3, "D": 4, "V": 50_257, "ignored": "none"},
     ),
-    blocks={"CHUNK_BYTES": 1, "MIN_CHUNK": 16},
+    blocks={"CHUNK": 16, "BLOCK_BYTES": 1},
     tiny={"N": 4, "D": 3, "V": 5, "ignored": "some"},
     smoke=(
         {"N": 0, "D": 4, "V": 8, "ignored": "none"},

@@ -173,6 +173,7 @@ MOE_FFN = Operation(
         {"N": 2100, "D": 8, "F": 9, "E": 3, "A": 2, "load": "last", "act": "swiglu"},
         {"N": 200, "D": 16, "F": 12, "E": 64, "A": 8, "load": "even", "act": "swiglu"},
     ),
+    blocks={"GROUP_BYTES": 1},
     tiny={"N": 4, "D": 3, "F": 2, "E": 3, "A": 2, "load": "even", "act": "swiglu"},
     smoke=(
         {"N": 0, "D": 4, "F": 6, "E": 3, "A": 2, "load": "even", "act": "swiglu"},
