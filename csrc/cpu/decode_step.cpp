@@ -373,9 +373,14 @@ class Pass {
         task.n, [&](std::int64_t t) { return row(slots_[task.first + t].token); }, d_,
         [&](std::int64_t t, std::int64_t f, const float* sums, std::int64_t n_sums) {
           float* to = hidden_ + slots_[task.first + t].hidden + begin;
-          for (std::int64_t k = f; k < f + n_sums; ++k) {
-            to[k < n ? k : up_ + k - n] =
-                sums[k - f] * scale_of<Weight>(matrix, first_row + place(k));
+          // Gates, then ups, each in a loop that can be vectorised.
+          const std::int64_t end_sums = f + n_sums, gates = std::min(end_sums, n);
+          for (std::int64_t k = f; k < gates; ++k) {
+            to[k] = sums[k - f] * scale_of<Weight>(matrix, first_row + begin + k);
+          }
+          const std::int64_t up_row = first_row + networks.hidden + begin - n;
+          for (std::int64_t k = std::max(f, n); k < end_sums; ++k) {
+            to[up_ + k - n] = sums[k - f] * scale_of<Weight>(matrix, up_row + k);
           }
         });
     for (std::int64_t j = 0; j < task.n; ++j) {

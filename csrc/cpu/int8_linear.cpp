@@ -69,13 +69,15 @@ void multiply_features(const Layer<Storage>& layer, const char* prepared, std::i
       [=](std::int64_t row) { return prepared + row * row_bytes; }, layer.width,
       [=](std::int64_t row, std::int64_t f, const float* sums, std::int64_t n) {
         Storage* const to = layer.y + row * layer.features + begin + f;
-        if (n == kFeatures) {  // in registers, and stored at once
-          Storage numbers[kFeatures];
+        if (n == kTileFeatures) {  // read as it was written: four at a time
+          for (std::int64_t k = 0; k < kTileFeatures; k += kFeatures) {
+            Storage four[kFeatures];
 #pragma GCC unroll 4
-          for (int k = 0; k < kFeatures; ++k) {
-            numbers[k] = narrow<Storage>(sums[k] * scales[f + k]);
+            for (int i = 0; i < kFeatures; ++i) {
+              four[i] = narrow<Storage>(sums[k + i] * scales[f + k + i]);
+            }
+            std::memcpy(to + k, four, sizeof four);
           }
-          std::memcpy(to, numbers, sizeof numbers);
           return;
         }
         for (std::int64_t k = 0; k < n; ++k) to[k] = narrow<Storage>(sums[k] * scales[f + k]);

@@ -28,7 +28,6 @@ constexpr std::int64_t kBlocksPerThread = 2, kLeastBytes = 8 * 1024, kMostBytes 
 template <class Weight>
 struct Products {  // float, bfloat16: a row is float, as it is
   using Row = float;
-  using Sum = float;
   static constexpr int kTokens = kDotTokens;
   static std::int64_t row_size(std::int64_t width) { return width; }
   static void prepare(const float* x, std::int64_t width, float* row) {
@@ -40,27 +39,29 @@ struct Products {  // float, bfloat16: a row is float, as it is
       float_dots(tokens, x, w + g * kFeatures, width, sums[0] + g * kFeatures, kTileFeatures);
     }
   }
-  static void scale(const float*, const float* sums, float* four) {
-    std::memcpy(four, sums, kFeatures * sizeof(float));
-  }
 };
 
 template <>
 struct Products<std::int8_t> {  // a row is prepared
   using Row = char;
-  using Sum = std::int32_t;
   static constexpr int kTokens = kInt8Tokens;
   static std::int64_t row_size(std::int64_t width) { return int8_row_bytes(width); }
   static void prepare(const float* x, std::int64_t width, char* row) {
     prepare_int8_row(x, width, row);
   }
   static void run(int tokens, const char* const* x, const std::int8_t* const* w, int n_groups,
-                  std::int64_t width, bool streamed, std::int32_t (*sums)[kTileFeatures]) {
-    int8_groups(tokens, x, w, n_groups, width, streamed, sums[0], kTileFeatures);
-  }
-  static void scale(const char* row, const std::int32_t* sums, float* four) {
-    for (int f = 0; f < kFeatures; ++f)
-      four[f] = header_of(row).scale * static_cast<float>(sums[f]);
+                  std::int64_t width, bool streamed, float (*sums)[kTileFeatures]) {
+    std::int32_t whole[kTokens][kTileFeatures];
+    int8_groups(tokens, x, w, n_groups, width, streamed, whole[0], kTileFeatures);
+    // Four at a time, as they were stored: a wider load would have to wait for all of the stores.
+    for (int t = 0; t < tokens; ++t) {
+      const float scale = header_of(x[t]).scale;
+      for (int g = 0; g < n_groups; ++g) {
+        for (int f = g * kFeatures; f < (g + 1) * kFeatures; ++f) {
+          sums[t][f] = scale * static_cast<float>(whole[t][f]);
+        }
+      }
+    }
   }
 };
 
@@ -111,21 +112,9 @@ inline void multiply_rows(std::int64_t n_features, const Weights& weights, std::
       const int m = least + (tile < n_larger ? 1 : 0);
       const Row* x[P::kTokens];
       for (int i = 0; i < m; ++i) x[i] = rows(t + i);
-      typename P::Sum sums[P::kTokens][kTileFeatures];
+      float sums[P::kTokens][kTileFeatures];
       P::run(m, x, w, n_groups, width, streamed, sums);
-      for (int i = 0; i < m; ++i) {
-        for (int g = 0; g < n_groups; ++g) {
-          float four[kFeatures];
-          P::scale(x[i], sums[i] + g * kFeatures, four);
-          const std::int64_t first = f + g * kFeatures, left = n - g * kFeatures;
-          // Of a whole group, a number that the compiler knows.
-          if (left >= kFeatures) {
-            put(t + i, first, four, kFeatures);
-          } else {
-            put(t + i, first, four, left);
-          }
-        }
-      }
+      for (int i = 0; i < m; ++i) put(t + i, f, sums[i], n);
       t += m;
     }
   }

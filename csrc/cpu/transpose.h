@@ -6,7 +6,12 @@
 #include "cpu/kernels.h"
 
 #if defined(__AVX2__)
+// GCC 12 reports its own header, which leaves a register undefined on purpose (bug 105593).
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #include <immintrin.h>
+#pragma GCC diagnostic pop
 #endif
 
 namespace pyllm::PYLLM_ISA {
@@ -19,7 +24,7 @@ constexpr int kTransposed = 16;  // rows and units of a block
 // Turns 16 rows of 16 units.
 #pragma GCC diagnostic push
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC's bug 105593, in its own intrinsics
-inline void transpose(__m512i (&r)[16]) {
+__attribute__((always_inline)) inline void transpose(__m512i (&r)[16]) {
   __m512i t[16];
   for (int i = 0; i < 16; i += 2) {
     t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);

@@ -13,7 +13,9 @@
 namespace pyllm::PYLLM_ISA {
 namespace {  // the linker must not merge the instruction sets' copies
 
-inline float exp_of(float x) {
+// Inlined always: a loop with a call in it is not vectorised, and in a large function GCC leaves it
+// one.
+__attribute__((always_inline)) inline float exp_of(float x) {
   // Beyond these the result is inf or 0 whatever the digits; a NaN fails both comparisons and
   // stays.
   x = x > 89.0f ? 89.0f : x;
