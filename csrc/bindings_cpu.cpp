@@ -176,9 +176,11 @@ int float_code(const pyllm::TensorView& view) {
 // new tensor made by `empty`, which is torch's; None for anything else, which goes the longer way.
 class Int8Linear {
  public:
-  Int8Linear(py::object tensor_class, py::object empty)
+  // largest_width: of what is quantised, so that sums of products stay in int32.
+  Int8Linear(py::object tensor_class, py::object empty, std::int64_t largest_width)
       : class_(std::move(tensor_class)),
         empty_(std::move(empty)),
+        largest_width_(largest_width),
         functions_(pyllm::tensor_functions(class_.ptr())) {}
 
   py::object operator()(py::handle x, py::handle weight, py::handle scale, bool quantize,
@@ -196,9 +198,8 @@ class Int8Linear {
     }
     const std::int64_t rows = x_view.sizes[0], width = x_view.sizes[1];
     const std::int64_t features = weight_view.sizes[0];
-    constexpr std::int64_t kLargestWidth = (std::int64_t{1} << 31) / (128 * 127);
     if (width != weight_view.sizes[1] || features != scale_view.sizes[0] || width < 1 ||
-        features < 1 || (quantize && width > kLargestWidth)) {
+        features < 1 || (quantize && width > largest_width_)) {
       return py::none();
     }
     const py::object y = new_matrix(rows, features, x);
@@ -235,6 +236,7 @@ class Int8Linear {
   PyTypeObject* class_type() const { return reinterpret_cast<PyTypeObject*>(class_.ptr()); }
 
   const py::object class_, empty_;
+  const std::int64_t largest_width_;
   const py::tuple names_ = py::make_tuple("dtype");
   const pyllm::TensorFunctions* const functions_;
 };
@@ -276,7 +278,8 @@ PYBIND11_MODULE(_cpu, module) {
   PYLLM_DEFINE(decode_attention);
   PYLLM_DEFINE(int8_linear);
   py::class_<Int8Linear>(module, "Int8Linear")
-      .def(py::init<py::object, py::object>(), py::arg("tensor_class"), py::arg("empty"))
+      .def(py::init<py::object, py::object, std::int64_t>(), py::arg("tensor_class"),
+           py::arg("empty"), py::arg("largest_width"))
       .def("__call__", &Int8Linear::operator());
   define_plan(module);
 }

@@ -12,9 +12,32 @@
 namespace pyllm::PYLLM_ISA {
 namespace {
 
-// A window of all keys hides none, and its positions cannot overflow.
-std::int64_t limited(std::int64_t window, std::int64_t keys) {
-  return window < keys ? window : keys;
+struct Strides {
+  std::int64_t batch, token, head;
+};
+
+template <class Storage>
+Attention<Storage> make_problem(const void* q, Strides of_q, const void* k, Strides of_k,
+                                const void* v, Strides of_v, double scale, bool causal,
+                                std::int64_t window, std::int64_t sinks, std::int64_t batch,
+                                std::int64_t tokens, std::int64_t keys, std::int64_t groups,
+                                std::int64_t shared, std::int64_t width) {
+  using S = const Storage*;
+  // A window of all keys hides none, and its positions cannot overflow.
+  const std::int64_t limited = window < keys ? window : keys;
+  return {{static_cast<S>(q), of_q.batch, of_q.token, of_q.head},
+          {static_cast<S>(k), of_k.batch, of_k.token, of_k.head},
+          {static_cast<S>(v), of_v.batch, of_v.token, of_v.head},
+          static_cast<Wide<Storage>>(scale),
+          causal,
+          limited,
+          window > 0 ? sinks : 0,
+          batch,
+          tokens,
+          keys,
+          groups,
+          shared,
+          width};
 }
 
 }  // namespace
@@ -29,20 +52,11 @@ void attention_forward(DType dtype, const void* q, std::int64_t q_batch_stride,
                        std::int64_t shared, std::int64_t width, void* y, void* lse, int n_threads) {
   with_storage(dtype, [=](auto storage) {
     using S = decltype(storage);
-    const Attention<S> problem{
-        {static_cast<const S*>(q), q_batch_stride, q_token_stride, q_head_stride},
-        {static_cast<const S*>(k), k_batch_stride, k_token_stride, k_head_stride},
-        {static_cast<const S*>(v), v_batch_stride, v_token_stride, v_head_stride},
-        static_cast<Wide<S>>(scale),
-        causal,
-        limited(window, keys),
-        window > 0 ? sinks : 0,
-        batch,
-        tokens,
-        keys,
-        groups,
-        shared,
-        width};
+    const auto problem =
+        make_problem<S>(q, {q_batch_stride, q_token_stride, q_head_stride}, k,
+                        {k_batch_stride, k_token_stride, k_head_stride}, v,
+                        {v_batch_stride, v_token_stride, v_head_stride}, scale, causal, window,
+                        sinks, batch, tokens, keys, groups, shared, width);
     forward(problem, static_cast<S*>(y), static_cast<Wide<S>*>(lse), n_threads);
   });
 }
@@ -58,20 +72,11 @@ void attention_backward(DType dtype, const void* q, std::int64_t q_batch_stride,
                         const void* lse, void* dq, void* dk, void* dv, int n_threads) {
   with_storage(dtype, [=](auto storage) {
     using S = decltype(storage);
-    const Attention<S> problem{
-        {static_cast<const S*>(q), q_batch_stride, q_token_stride, q_head_stride},
-        {static_cast<const S*>(k), k_batch_stride, k_token_stride, k_head_stride},
-        {static_cast<const S*>(v), v_batch_stride, v_token_stride, v_head_stride},
-        static_cast<Wide<S>>(scale),
-        causal,
-        limited(window, keys),
-        window > 0 ? sinks : 0,
-        batch,
-        tokens,
-        keys,
-        groups,
-        shared,
-        width};
+    const auto problem =
+        make_problem<S>(q, {q_batch_stride, q_token_stride, q_head_stride}, k,
+                        {k_batch_stride, k_token_stride, k_head_stride}, v,
+                        {v_batch_stride, v_token_stride, v_head_stride}, scale, causal, window,
+                        sinks, batch, tokens, keys, groups, shared, width);
     const Gradients<S> gradients{
         static_cast<const S*>(dy), static_cast<const S*>(y), static_cast<const Wide<S>*>(lse),
         static_cast<S*>(dq),       static_cast<S*>(dk),      static_cast<S*>(dv)};

@@ -6,6 +6,7 @@
 #include <cmath>
 #include <cstdint>
 
+#include "cpu/allocator.h"
 #include "cpu/attention_forward.h"
 #include "cpu/attention_problem.h"
 #include "cpu/attention_tile.h"
@@ -30,8 +31,8 @@ struct Lanes {
   std::int64_t blocks, per_pair, dq_size;
 
   explicit Lanes(const Attention<Storage>& problem)
-      : blocks((problem.keys + kBlockKeys - 1) / kBlockKeys),
-        per_pair(clamp((kLeastLanes + problem.pairs() - 1) / problem.pairs(), 1, blocks)),
+      : blocks(parts_of(problem.keys, kBlockKeys)),
+        per_pair(clamp(parts_of(kLeastLanes, problem.pairs()), 1, blocks)),
         dq_size(rounded_up(problem.rows(), kQueryRows) * problem.columns()) {}
 };
 
@@ -42,58 +43,44 @@ struct Gradients {
   Storage *dq, *dk, *dv;
 };
 
-// Hands out parts of one allocation; first without one, to measure it.
-struct Parts {
-  char* base;
-  std::int64_t used = 0;
-
-  template <class T>
-  T* take(std::int64_t n) {
-    T* at = base == nullptr ? nullptr : reinterpret_cast<T*>(base + used);
-    used += rounded_up(n * static_cast<std::int64_t>(sizeof(T)), 64);
-    return at;
-  }
-};
-
 template <class Storage>
 struct BackwardScratch {
-  using E = Element<Storage>;
+  using U = Unit<Storage>;
   using W = Wide<Storage>;
   // Of a chunk of keys.
-  E *key_columns, *value_columns, *key_steps;
+  U *key_columns, *value_columns, *key_steps;
   W *dk, *dv;
   // Of a block of queries: by strips as columns, and as steps.
-  E *query_columns, *dy_columns, *query_steps, *dy_steps;
+  U *query_columns, *dy_columns, *query_steps, *dy_steps;
   W *lse, *delta;
   // Of a block of scores (kQueryRows, kBlockKeys). Elements along the keys for dq, down the queries
   // for dk and dv; where elements are numbers, all of them are the same memory.
   W *p, *ds;
-  E *p_down, *ds_down, *ds_along, *staged;
+  U *p_down, *ds_down, *ds_along;
 
-  BackwardScratch(const Attention<Storage>& problem, Parts& parts) {
-    constexpr std::int64_t keys = kChunkBlocks * kBlockKeys, depth = kDepth<E>;
+  BackwardScratch(const Attention<Storage>& problem, Allocator& allocator) {
+    constexpr std::int64_t keys = kChunkBlocks * kBlockKeys, depth = kDepth<U>;
     const std::int64_t steps = problem.steps(), columns = problem.columns();
-    key_columns = parts.take<E>(keys * steps);
-    value_columns = parts.take<E>(keys * steps);
-    key_steps = parts.take<E>(keys / depth * columns);
-    dk = parts.take<W>(keys * columns);
-    dv = parts.take<W>(keys * columns);
-    query_columns = parts.take<E>(kQueryRows * steps);
-    dy_columns = parts.take<E>(kQueryRows * steps);
-    query_steps = parts.take<E>(kQueryRows / depth * columns);
-    dy_steps = parts.take<E>(kQueryRows / depth * columns);
-    lse = parts.take<W>(kQueryRows);
-    delta = parts.take<W>(kQueryRows);
-    p = parts.take<W>(kQueryRows * kBlockKeys);
-    ds = parts.take<W>(kQueryRows * kBlockKeys);
-    staged = parts.take<E>(staged_size(problem));
-    if constexpr (std::is_same_v<E, W>) {
+    key_columns = allocator.take<U>(keys * steps);
+    value_columns = allocator.take<U>(keys * steps);
+    key_steps = allocator.take<U>(keys / depth * columns);
+    dk = allocator.take<W>(keys * columns);
+    dv = allocator.take<W>(keys * columns);
+    query_columns = allocator.take<U>(kQueryRows * steps);
+    dy_columns = allocator.take<U>(kQueryRows * steps);
+    query_steps = allocator.take<U>(kQueryRows / depth * columns);
+    dy_steps = allocator.take<U>(kQueryRows / depth * columns);
+    lse = allocator.take<W>(kQueryRows);
+    delta = allocator.take<W>(kQueryRows);
+    p = allocator.take<W>(kQueryRows * kBlockKeys);
+    ds = allocator.take<W>(kQueryRows * kBlockKeys);
+    if constexpr (std::is_same_v<U, W>) {
       p_down = p;
       ds_down = ds_along = ds;
     } else {
-      p_down = parts.take<E>(kQueryRows * kBlockKeys / depth);
-      ds_down = parts.take<E>(kQueryRows * kBlockKeys / depth);
-      ds_along = parts.take<E>(kQueryRows * kBlockKeys / depth);
+      p_down = allocator.take<U>(kQueryRows * kBlockKeys / depth);
+      ds_down = allocator.take<U>(kQueryRows * kBlockKeys / depth);
+      ds_along = allocator.take<U>(kQueryRows * kBlockKeys / depth);
     }
   }
 };
@@ -139,9 +126,9 @@ template <class Storage>
 inline void take_block(const Attention<Storage>& problem, std::int64_t first_row,
                        std::int64_t n_rows, std::int64_t chunk_first, std::int64_t at,
                        const BackwardScratch<Storage>& scratch, Wide<Storage>* dq) {
-  using E = Element<Storage>;
+  using U = Unit<Storage>;
   using W = Wide<Storage>;
-  constexpr std::int64_t panel = kTileColumns<W>, depth = kDepth<E>;
+  constexpr std::int64_t panel = kTileColumns<W>, depth = kDepth<U>;
   const std::int64_t columns = problem.columns(), steps = problem.steps();
   const std::int64_t first_key = chunk_first + at;
   for (std::int64_t strip = 0; strip < n_rows; strip += kTileRows) {
@@ -150,12 +137,12 @@ inline void take_block(const Attention<Storage>& problem, std::int64_t first_row
     W* const p = scratch.p + strip * kBlockKeys;
     W* const ds = scratch.ds + strip * kBlockKeys;
     for (std::int64_t i = range.begin; i < range.end; i += panel) {
-      multiply_tile<1, 2>(scratch.query_columns + strip * steps, kTileRows,
-                          scratch.key_columns + (at + i) * steps, panel, steps, false,
-                          problem.scale, p + i, kBlockKeys);
-      multiply_tile<1, 2>(scratch.dy_columns + strip * steps, kTileRows,
-                          scratch.value_columns + (at + i) * steps, panel, steps, false, W(1),
-                          ds + i, kBlockKeys);
+      multiply_tile<kTileRows, 1, 2>(scratch.query_columns + strip * steps, kTileRows,
+                                     scratch.key_columns + (at + i) * steps, panel, steps, false,
+                                     problem.scale, p + i, kBlockKeys);
+      multiply_tile<kTileRows, 1, 2>(scratch.dy_columns + strip * steps, kTileRows,
+                                     scratch.value_columns + (at + i) * steps, panel, steps, false,
+                                     W(1), ds + i, kBlockKeys);
     }
     for (std::int64_t r = strip; r < strip + kTileRows; ++r) {
       const std::int64_t row = (r - strip) * kBlockKeys;
@@ -166,7 +153,7 @@ inline void take_block(const Attention<Storage>& problem, std::int64_t first_row
         for (std::int64_t i = 0; i < kBlockKeys; ++i) p[row + i] = ds[row + i] = 0;
       }
     }
-    if constexpr (!std::is_same_v<E, W>) {
+    if constexpr (!std::is_same_v<U, W>) {
       for (std::int64_t r = 0; r < kTileRows; r += 2) {
         const std::int64_t row = r * kBlockKeys, pair = (strip + r) / 2 * kBlockKeys;
         to_pairs(p + row, p + row + kBlockKeys, kBlockKeys, scratch.p_down + pair);
@@ -210,11 +197,10 @@ inline void pack_chunk(const Attention<Storage>& problem, std::int64_t pair, std
   const std::int64_t keys = n_blocks * kBlockKeys, n = clamp(problem.keys - first, 0, keys);
   const auto key = [&](std::int64_t r) { return problem.key(pair, first + r); };
   for (std::int64_t i = 0; i < keys; i += panel) {
-    pack_columns<panel, Storage>([&](std::int64_t r) { return key(i + r); }, n - i, problem.width,
-                                 scratch.staged, scratch.key_columns + i * problem.steps());
-    pack_columns<panel, Storage>([&](std::int64_t r) { return problem.value(pair, first + i + r); },
-                                 n - i, problem.width, scratch.staged,
-                                 scratch.value_columns + i * problem.steps());
+    pack_lines<panel, Storage>([&](std::int64_t r) { return key(i + r); }, n - i, problem.width,
+                               scratch.key_columns + i * problem.steps());
+    pack_lines<panel, Storage>([&](std::int64_t r) { return problem.value(pair, first + i + r); },
+                               n - i, problem.width, scratch.value_columns + i * problem.steps());
   }
   pack_steps<Storage>(key, n, keys, problem.width, problem.columns(), scratch.key_steps);
   for (std::int64_t i = 0; i < keys * problem.columns(); ++i) scratch.dk[i] = scratch.dv[i] = 0;
@@ -232,11 +218,10 @@ inline void pack_rows(const Attention<Storage>& problem, const Gradients<Storage
   };
   for (std::int64_t strip = 0; strip < n_rows; strip += kTileRows) {
     const std::int64_t at = strip * problem.steps();
-    pack_columns<kTileRows, Storage>([&](std::int64_t r) { return query(strip + r); },
-                                     n_rows - strip, width, scratch.staged,
-                                     scratch.query_columns + at);
-    pack_columns<kTileRows, Storage>([&](std::int64_t r) { return dy(strip + r); }, n_rows - strip,
-                                     width, scratch.staged, scratch.dy_columns + at);
+    pack_lines<kTileRows, Storage>([&](std::int64_t r) { return query(strip + r); }, n_rows - strip,
+                                   width, scratch.query_columns + at);
+    pack_lines<kTileRows, Storage>([&](std::int64_t r) { return dy(strip + r); }, n_rows - strip,
+                                   width, scratch.dy_columns + at);
   }
   pack_steps<Storage>(query, n_rows, kQueryRows, width, columns, scratch.query_steps);
   pack_steps<Storage>(dy, n_rows, kQueryRows, width, columns, scratch.dy_steps);
@@ -288,15 +273,14 @@ void backward(const Attention<Storage>& problem, const Gradients<Storage>& gradi
   using W = Wide<Storage>;
   const Lanes<Storage> lanes(problem);
   const std::int64_t n_items = problem.pairs() * lanes.per_pair;
-  Parts measure{nullptr};
+  Allocator measure{nullptr};
   const BackwardScratch<Storage> measured(problem, measure);
   (void)measured;
   W* const dq = new W[n_items * lanes.dq_size];
   parallel_for(n_items, 1, n_threads, [&](std::int64_t begin, std::int64_t end) {
-    char* const memory = new char[measure.used + 64];
-    const auto address = reinterpret_cast<std::uintptr_t>(memory);
-    Parts parts{memory + (64 - address % 64)};
-    const BackwardScratch<Storage> scratch(problem, parts);
+    char* const memory = new char[measure.used + kLineBytes];
+    Allocator allocator{at_line(memory)};
+    const BackwardScratch<Storage> scratch(problem, allocator);
     for (std::int64_t item = begin; item < end; ++item) {
       W* const sums = dq + item * lanes.dq_size;
       for (std::int64_t i = 0; i < lanes.dq_size; ++i) sums[i] = 0;

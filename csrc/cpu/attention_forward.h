@@ -1,5 +1,5 @@
 // The forward of attention: FlashAttention-2 (Dao 2023, arXiv:2307.08691) on tiles of
-// attention_tile.h.
+// tile.h.
 #pragma once
 
 #include <cmath>
@@ -21,56 +21,47 @@ constexpr std::int64_t kQueryRows = 48, kScoreKeys = 480;
 // Keys as columns, kTileColumns of them in a panel, and values as steps; of all pairs.
 template <class Storage>
 struct PackedCache {
-  using E = Element<Storage>;
+  using U = Unit<Storage>;
   static constexpr std::int64_t kPanel = kTileColumns<Wide<Storage>>;
   std::int64_t panels, panel_size, values_size;
-  E *keys, *values;
+  U *keys, *values;
 
   explicit PackedCache(const Attention<Storage>& problem)
-      : panels((problem.keys + kPanel - 1) / kPanel),
+      : panels(parts_of(problem.keys, kPanel)),
         panel_size(problem.steps() * kPanel),
-        values_size(panels * kPanel / kDepth<E> * problem.columns()),
-        keys(new E[problem.pairs() * (panels * panel_size + values_size)]),
+        values_size(panels * kPanel / kDepth<U> * problem.columns()),
+        keys(new U[problem.pairs() * (panels * panel_size + values_size)]),
         values(keys + problem.pairs() * panels * panel_size) {}
 
-  const E* panel(std::int64_t pair, std::int64_t key) const {
+  const U* panel(std::int64_t pair, std::int64_t key) const {
     return keys + (pair * panels + key / kPanel) * panel_size;
   }
-  const E* value(std::int64_t pair, std::int64_t key, std::int64_t columns) const {
-    return values + pair * values_size + key / kDepth<E> * columns;
+  const U* value(std::int64_t pair, std::int64_t key, std::int64_t columns) const {
+    return values + pair * values_size + key / kDepth<U> * columns;
   }
 
-  void pack(const Attention<Storage>& problem, std::int64_t item, E* staged) const {
+  void pack(const Attention<Storage>& problem, std::int64_t item) const {
     const std::int64_t pair = item / panels, first = item % panels * kPanel;
     const std::int64_t n = problem.keys - first < kPanel ? problem.keys - first : kPanel;
-    pack_columns<kPanel, Storage>([&](std::int64_t r) { return problem.key(pair, first + r); }, n,
-                                  problem.width, staged, keys + item * panel_size);
+    pack_lines<kPanel, Storage>([&](std::int64_t r) { return problem.key(pair, first + r); }, n,
+                                problem.width, keys + item * panel_size);
     pack_steps<Storage>([&](std::int64_t r) { return problem.value(pair, first + r); }, n, kPanel,
                         problem.width, problem.columns(),
-                        values + pair * values_size + first / kDepth<E> * problem.columns());
+                        values + pair * values_size + first / kDepth<U> * problem.columns());
   }
 };
-
-// Room for kLanes rows as pack_columns stages them.
-template <class Storage>
-inline std::int64_t staged_size(const Attention<Storage>& problem) {
-  using W = Wide<Storage>;
-  return kLanes<W> * whole_vectors<W>(problem.steps());
-}
 
 // What a thread works in: queries as columns, weighted sums of values, scores of a strip, the
 // largest score and the sum of the weights of each row.
 template <class Storage>
 struct ForwardScratch {
-  using E = Element<Storage>;
+  using U = Unit<Storage>;
   using W = Wide<Storage>;
-  E *staged, *queries, *weights;
+  U *queries, *weights;
   W *values, *scores, *largest, *sum;
 
   explicit ForwardScratch(const Attention<Storage>& problem)
-      : staged(
-            new E[staged_size(problem) + kQueryRows * problem.steps() + kTileRows * kScoreKeys]()),
-        queries(staged + staged_size(problem)),
+      : queries(new U[kQueryRows * problem.steps() + kTileRows * kScoreKeys]()),
         weights(queries + kQueryRows * problem.steps()),
         values(new W[kQueryRows * problem.columns() + kTileRows * kScoreKeys + 2 * kQueryRows]),
         scores(values + kQueryRows * problem.columns()),
@@ -78,7 +69,7 @@ struct ForwardScratch {
         sum(largest + kQueryRows) {}
   // Called by hand, see block_attention.h.
   void free() const {
-    delete[] staged;
+    delete[] queries;
     delete[] values;
   }
 };
@@ -89,14 +80,14 @@ inline void attend_run(const Attention<Storage>& problem, const PackedCache<Stor
                        std::int64_t pair, std::int64_t first_row, std::int64_t n_rows,
                        std::int64_t strip, std::int64_t begin, std::int64_t end,
                        const ForwardScratch<Storage>& scratch) {
-  using E = Element<Storage>;
+  using U = Unit<Storage>;
   using W = Wide<Storage>;
   constexpr std::int64_t panel = PackedCache<Storage>::kPanel;
   const std::int64_t columns = problem.columns(), steps = problem.steps(), n = end - begin;
-  const E* queries = scratch.queries + strip * steps;
+  const U* queries = scratch.queries + strip * steps;
   for (std::int64_t key = begin; key < end; key += panel) {
-    multiply_tile<1, 2>(queries, kTileRows, cache.panel(pair, key), panel, steps, false,
-                        problem.scale, scratch.scores + key - begin, kScoreKeys);
+    multiply_tile<kTileRows, 1, 2>(queries, kTileRows, cache.panel(pair, key), panel, steps, false,
+                                   problem.scale, scratch.scores + key - begin, kScoreKeys);
   }
   for (std::int64_t r = strip; r < n_rows && r < strip + kTileRows; ++r) {
     W* s = scratch.scores + (r - strip) * kScoreKeys;
@@ -107,17 +98,17 @@ inline void attend_run(const Attention<Storage>& problem, const PackedCache<Stor
 #pragma omp simd
     for (std::int64_t c = 0; c < columns; ++c) values[c] *= shrink;
   }
-  const E* weights;
-  if constexpr (std::is_same_v<E, W>) {
+  const U* weights;
+  if constexpr (std::is_same_v<U, W>) {
     weights = scratch.scores;
   } else {
     for (std::int64_t r = 0; r < kTileRows; ++r) {
-      to_pairs(scratch.scores + r * kScoreKeys, n, scratch.weights + r * kScoreKeys / kDepth<E>);
+      to_pairs(scratch.scores + r * kScoreKeys, n, scratch.weights + r * kScoreKeys / kDepth<U>);
     }
     weights = scratch.weights;
   }
-  add_product<kScoreKeys / kDepth<E>>(weights, 1, cache.value(pair, begin, columns), columns,
-                                      n / kDepth<E>, scratch.values + strip * columns);
+  add_product<kScoreKeys / kDepth<U>>(weights, 1, cache.value(pair, begin, columns), columns,
+                                      n / kDepth<U>, scratch.values + strip * columns);
 }
 
 // Rows [first_row, first_row + n_rows) of a pair.
@@ -129,9 +120,9 @@ inline void attend_rows(const Attention<Storage>& problem, const PackedCache<Sto
   constexpr std::int64_t panel = PackedCache<Storage>::kPanel;
   const std::int64_t columns = problem.columns(), width = problem.width;
   for (std::int64_t strip = 0; strip < n_rows; strip += kTileRows) {
-    pack_columns<kTileRows, Storage>(
+    pack_lines<kTileRows, Storage>(
         [&](std::int64_t r) { return problem.query(pair, first_row + strip + r); }, n_rows - strip,
-        width, scratch.staged, scratch.queries + strip * problem.steps());
+        width, scratch.queries + strip * problem.steps());
   }
   for (std::int64_t i = 0; i < kQueryRows * columns; ++i) scratch.values[i] = 0;
   for (std::int64_t r = 0; r < kQueryRows; ++r) scratch.largest[r] = -INFINITY, scratch.sum[r] = 0;
@@ -167,16 +158,13 @@ inline void attend_rows(const Attention<Storage>& problem, const PackedCache<Sto
 
 template <class Storage>
 void forward(const Attention<Storage>& problem, Storage* y, Wide<Storage>* lse, int n_threads) {
-  using E = Element<Storage>;
   const PackedCache<Storage> cache(problem);
   constexpr std::int64_t kElementsPerRange = per_range(32768);
   parallel_for(problem.pairs() * cache.panels, rows_per_range(kElementsPerRange, cache.panel_size),
                n_threads, [&](std::int64_t begin, std::int64_t end) {
-                 E* staged = new E[staged_size(problem)];
-                 for (std::int64_t i = begin; i < end; ++i) cache.pack(problem, i, staged);
-                 delete[] staged;
+                 for (std::int64_t i = begin; i < end; ++i) cache.pack(problem, i);
                });
-  const std::int64_t n_blocks = (problem.rows() + kQueryRows - 1) / kQueryRows;
+  const std::int64_t n_blocks = parts_of(problem.rows(), kQueryRows);
   parallel_for(problem.pairs() * n_blocks, 1, n_threads, [&](std::int64_t begin, std::int64_t end) {
     const ForwardScratch<Storage> scratch(problem);
     for (std::int64_t i = begin; i < end; ++i) {

@@ -9,6 +9,14 @@
 namespace pyllm::PYLLM_ISA {
 namespace {  // the linker must not merge the instruction sets' copies
 
+inline std::int64_t clamp(std::int64_t value, std::int64_t low, std::int64_t high) {
+  return value < low ? low : value > high ? high : value;
+}
+
+inline std::int64_t rounded_up(std::int64_t value, std::int64_t step) {
+  return parts_of(value, step) * step;
+}
+
 // Which keys are seen: [0, sinks) and [first, end), with sinks < first or 0.
 struct SeenKeys {
   std::int64_t sinks, first, end;
@@ -37,8 +45,8 @@ struct Attention {
   std::int64_t rows() const { return tokens * shared; }
   std::int64_t heads() const { return groups * shared; }
   // Of a row of values, and of one of queries.
-  std::int64_t columns() const { return whole_vectors<Wide<Storage>>(width); }
-  std::int64_t steps() const { return steps_of<Element<Storage>>(width); }
+  std::int64_t columns() const { return rounded_up(width, kLanes<Wide<Storage>>); }
+  std::int64_t steps() const { return steps_of<Storage>(width); }
 
   const Storage* query(std::int64_t pair, std::int64_t row) const {
     return at(q, pair, row / shared, pair % groups * shared + row % shared);
@@ -79,14 +87,6 @@ struct Attention {
            head * heads.head_stride;
   }
 };
-
-inline std::int64_t clamp(std::int64_t value, std::int64_t low, std::int64_t high) {
-  return value < low ? low : value > high ? high : value;
-}
-
-inline std::int64_t rounded_up(std::int64_t value, std::int64_t step) {
-  return (value + step - 1) / step * step;
-}
 
 // Sets what a row does not see of n keys from first_key on.
 template <class Number>

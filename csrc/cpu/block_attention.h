@@ -75,29 +75,6 @@ inline void add_values(const float* const* weights, const Storage* const* rows, 
   }
 }
 
-// Takes the scores s of n more keys in: they become weights. What was summed before is scaled down
-// where the largest score grows.
-template <class W>
-inline void take_in(W* __restrict s, std::int64_t n, std::int64_t width, W* largest, W* sum,
-                    W* __restrict values) {
-  W new_largest = *largest;
-#pragma omp simd reduction(max : new_largest)
-  for (std::int64_t i = 0; i < n; ++i) new_largest = s[i] > new_largest ? s[i] : new_largest;
-  // Only -inf so far: -inf - -inf would be NaN where it should be 0.
-  const W shift = new_largest == -INFINITY ? W(0) : new_largest;
-  const W shrink = exp_of(*largest - shift);
-  W added = 0;
-#pragma omp simd reduction(+ : added)
-  for (std::int64_t i = 0; i < n; ++i) {
-    s[i] = exp_of(s[i] - shift);
-    added += s[i];
-  }
-  *largest = new_largest;
-  *sum = *sum * shrink + added;
-#pragma omp simd
-  for (std::int64_t c = 0; c < width; ++c) values[c] *= shrink;
-}
-
 // What attend_range works in: for each row its scores with a block, the largest so far, the sum of
 // the weights, and where it is.
 struct RowScratch {
@@ -106,8 +83,8 @@ struct RowScratch {
   float** y;
 
   explicit RowScratch(std::int64_t n)
-      : scores(new float[n * (kBlock + 2)]),
-        largest(scores + n * kBlock),
+      : scores(new float[n * (kScores + 2)]),
+        largest(scores + n * kScores),
         sum(largest + n),
         q(new const float*[2 * n]),
         weights(q + n),
@@ -134,7 +111,7 @@ inline void attend_range(const QueryRange<Storage>& range) {
     const std::int64_t at = r / range.shared * range.stride + r % range.shared * width;
     q[r] = range.q + at;
     y[r] = range.y + at;
-    weights[r] = scores + r * kBlock;
+    weights[r] = scores + r * kScores;
     largest[r] = -INFINITY;
     sum[r] = 0;
     std::fill(y[r], y[r] + width, 0.0f);
@@ -152,7 +129,7 @@ inline void attend_range(const QueryRange<Storage>& range) {
         block.n, [&](std::int64_t i) { return keys[i]; }, n_rows,
         [&](std::int64_t r) { return q[r]; }, width,
         [&](std::int64_t r, std::int64_t i, const float* products, std::int64_t n) {
-          float* to = scores + r * kBlock + i;
+          float* to = scores + r * kScores + i;
           for (std::int64_t k = 0; k < n; ++k) to[k] = products[k] * range.scale;
         });
     for (std::int64_t r = 0; r < n_rows; ++r) {
@@ -162,12 +139,13 @@ inline void attend_range(const QueryRange<Storage>& range) {
       // Compared first: a position less a window of 2^63 - 1 is not an int64.
       const bool cut = range.window > 0 && !block.are_sinks && range.window <= at;
       const std::int64_t begin = cut ? at - range.window + 1 : 0;
-      float* s = scores + r * kBlock;
+      float* s = scores + r * kScores;
       if (begin >= end) {
         std::fill(s, s + block.n, 0.0f);
         continue;
       }
-      take_in(s + begin, end - begin, width, &largest[r], &sum[r], y[r]);
+      const float shrink = to_weights(s + begin, end - begin, &largest[r], &sum[r]);
+      for (std::int64_t c = 0; c < width; ++c) y[r][c] *= shrink;
       std::fill(s, s + begin, 0.0f);
       std::fill(s + end, s + block.n, 0.0f);
     }

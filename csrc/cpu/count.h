@@ -1,4 +1,5 @@
-// Small helpers of kernels that work on tiles: a count as a constant, memory at a cache line.
+// Small helpers of kernels that work on tiles: a count as a constant, how often a size fits, memory
+// at a cache line.
 #pragma once
 
 #include <cstdint>
@@ -16,6 +17,9 @@ inline void with_count(int n, const Fn& fn) {
   }
   fn(std::integral_constant<int, most>{});
 }
+
+// How many parts of a size n is cut into, the last of which may be smaller.
+constexpr std::int64_t parts_of(std::int64_t n, std::int64_t size) { return (n + size - 1) / size; }
 
 // Bytes of a cache line, and what memory has to have more so that it can begin at one.
 constexpr std::int64_t kLineBytes = 64;

@@ -42,19 +42,6 @@ struct Slot {
   float weight;
 };
 
-// Hands out parts of the workspace; first without one, to measure it.
-struct Allocator {
-  char* base;
-  std::int64_t used = 0;
-
-  template <class T>
-  T* take(std::int64_t n) {
-    T* at = base == nullptr ? nullptr : reinterpret_cast<T*>(base + used);
-    used += (n * static_cast<std::int64_t>(sizeof(T)) + 63) / 64 * 64;
-    return at;
-  }
-};
-
 inline float number(float value) { return value; }
 inline float number(BFloat16 value) { return widen(value); }
 inline float number(std::int8_t value) { return static_cast<float>(value); }

@@ -12,6 +12,7 @@
 #include <cstring>
 
 #include "cpu/activation.h"
+#include "cpu/allocator.h"
 #include "cpu/block_attention.h"
 #include "cpu/decode_attention.h"
 #include "cpu/decode_parts.h"

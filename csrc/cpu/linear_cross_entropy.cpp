@@ -7,14 +7,13 @@
 // rows for the words' own gradient, and with the words for the rows' gradient, which is added up
 // block by block in float.
 
-#include <atomic>
 #include <cmath>
 #include <cstdint>
 
+#include "cpu/allocator.h"
 #include "cpu/kernels.h"
 #include "cpu/numeric.h"
 #include "cpu/row_tiles.h"
-#include "cpu/scratch.h"
 #include "cpu/team.h"
 #include "cpu/tile.h"
 #include "cpu/tile_results.h"
@@ -36,28 +35,24 @@ struct Projection {
   std::int64_t ignore_index, n_rows, width, n_words;
 
   std::int64_t steps() const { return steps_of<Storage>(width); }
-  std::int64_t n_panels() const {
-    return (n_words + kTileColumns<Storage> - 1) / kTileColumns<Storage>;
-  }
+  std::int64_t n_panels() const { return parts_of(n_words, kTileColumns<W>); }
   const Storage* row(std::int64_t r) const { return x + r * width; }
 
   void pack_rows(std::int64_t tile, Unit<Storage>* packed) const {
     const RowTile rows = tile_of(0, n_rows, tile);
-    const Storage* lines[kTileRows];
-    for (int i = 0; i < rows.rows; ++i) lines[i] = row(rows.first + i);
-    pack_lines<kTileRows>(lines, rows.rows, width, packed + tile * steps() * kTileRows);
+    pack_lines<kTileRows, Storage>([&](std::int64_t i) { return row(rows.first + i); }, rows.rows,
+                                   width, packed + tile * steps() * kTileRows);
   }
 
   // Calls put(rows, sums, first word, how many) with the logits of a panel's words for each tile.
   template <class Put>
   void logits(std::int64_t panel_index, const Unit<Storage>* x_packed, Unit<Storage>* panel,
               const Put& put) const {
-    constexpr int columns = kTileColumns<Storage>;
+    constexpr int columns = kTileColumns<Wide<Storage>>;
     const std::int64_t first = panel_index * columns;
     const int n = static_cast<int>(std::min<std::int64_t>(columns, n_words - first));
-    const Storage* lines[columns];
-    for (int i = 0; i < n; ++i) lines[i] = weight + (first + i) * width;
-    pack_lines<columns>(lines, n, width, panel);
+    pack_lines<columns, Storage>([&](std::int64_t i) { return weight + (first + i) * width; }, n,
+                                 width, panel);
     alignas(64) W sums[kTileRows * columns];
     for (std::int64_t t = 0; t < tiles_of(n_rows); ++t) {
       const RowTile tile = tile_of(0, n_rows, t);
@@ -106,23 +101,22 @@ struct ForwardScratch {
 template <class Storage>
 void forward(const Projection<Storage>& p, Wide<Storage>* loss, Wide<Storage>* lse, int n_threads) {
   using W = Wide<Storage>;
-  constexpr int columns = kTileColumns<Storage>;
+  constexpr int columns = kTileColumns<Wide<Storage>>;
   const std::int64_t n_tiles = tiles_of(p.n_rows), steps = p.steps();
-  const std::int64_t per_range = (p.n_panels() + kRanges - 1) / kRanges;
-  const std::int64_t n_ranges = per_range > 0 ? (p.n_panels() + per_range - 1) / per_range : 0;
+  const std::int64_t per_range = parts_of(p.n_panels(), kRanges);
+  const std::int64_t n_ranges = per_range > 0 ? parts_of(p.n_panels(), per_range) : 0;
   Team team(3);
-  const Scratch<ForwardScratch<Storage>> scratch([&](Cutter& cutter) {
+  const Workspace<ForwardScratch<Storage>> scratch([&](Allocator& allocator) {
     ForwardScratch<Storage> arrays;
-    arrays.x_packed = cutter.take<Unit<Storage>>(n_tiles * steps * kTileRows);
-    arrays.panels = cutter.take<Unit<Storage>>(steps * columns * n_threads);
-    arrays.largest = cutter.take<W>(n_ranges * p.n_rows);
-    arrays.sums = cutter.take<W>(n_ranges * p.n_rows);
-    arrays.at_target = cutter.take<W>(p.n_rows);
+    arrays.x_packed = allocator.take<Unit<Storage>>(n_tiles * steps * kTileRows);
+    arrays.panels = allocator.take<Unit<Storage>>(steps * columns * n_threads);
+    arrays.largest = allocator.take<W>(n_ranges * p.n_rows);
+    arrays.sums = allocator.take<W>(n_ranges * p.n_rows);
+    arrays.at_target = allocator.take<W>(p.n_rows);
     return arrays;
   });
-  std::atomic<int> next_member{0};
   team.run(n_threads, [&](Team::Member& member) {
-    Unit<Storage>* panel = scratch->panels + next_member.fetch_add(1) * steps * columns;
+    Unit<Storage>* panel = scratch->panels + member.number * steps * columns;
     member.for_each(n_tiles, [&](std::int64_t t) { p.pack_rows(t, scratch->x_packed); });
     member.for_each(n_ranges, [&](std::int64_t range) {
       W* largest = scratch->largest + range * p.n_rows;
@@ -140,7 +134,7 @@ void forward(const Projection<Storage>& p, Wide<Storage>* loss, Wide<Storage>* l
         });
       }
     });
-    member.for_each((p.n_rows + kRowsPerTask - 1) / kRowsPerTask, [&](std::int64_t task) {
+    member.for_each(parts_of(p.n_rows, kRowsPerTask), [&](std::int64_t task) {
       const std::int64_t end = std::min(p.n_rows, (task + 1) * kRowsPerTask);
       for (std::int64_t row = task * kRowsPerTask; row < end; ++row) {
         W largest = -INFINITY, sum = 0;
@@ -188,47 +182,45 @@ void backward(const Projection<Storage>& p, const Wide<Storage>* lse, const Wide
               Storage* dx, Storage* dweight, std::int64_t block_bytes, int n_threads) {
   using W = Wide<Storage>;
   using U = Unit<Storage>;
-  constexpr int columns = kTileColumns<Storage>;
+  constexpr int columns = kTileColumns<Wide<Storage>>;
   constexpr std::int64_t kUnit = columns * kTileRows;  // words that are whole panels and tiles
   const std::int64_t n_tiles = tiles_of(p.n_rows), steps = p.steps();
   const std::int64_t row_steps = steps_of<Storage>(p.n_rows);
-  const std::int64_t width_panels = (p.width + columns - 1) / columns;
+  const std::int64_t width_panels = parts_of(p.width, columns);
   const std::int64_t fit =
       block_bytes / (std::max<std::int64_t>(p.n_rows, 1) * static_cast<std::int64_t>(sizeof(U)));
   const std::int64_t block = std::max<std::int64_t>(1, fit / kUnit) * kUnit;
   const std::int64_t block_steps = steps_of<Storage>(block);
-  const std::int64_t n_blocks = (p.n_words + block - 1) / block;
+  const std::int64_t n_blocks = parts_of(p.n_words, block);
   const std::int64_t panel = std::max(steps, block_steps) * columns;
   prefer_large_pages(dweight, p.n_words * p.width * sizeof(Storage));
   Team team(1 + 3 * n_blocks);
-  const Scratch<BackwardScratch<Storage>> scratch([&](Cutter& cutter) {
+  const Workspace<BackwardScratch<Storage>> scratch([&](Allocator& allocator) {
     BackwardScratch<Storage> arrays;
-    arrays.x_packed = cutter.take<U>(n_tiles * steps * kTileRows);
-    arrays.x_panels = cutter.take<U>(width_panels * row_steps * columns);
-    arrays.dz_packed = cutter.take<U>(n_tiles * block_steps * kTileRows);
-    arrays.dz_columns = cutter.take<U>(block * row_steps);
-    arrays.panels = cutter.take<U>(panel * n_threads);
-    arrays.dz = cutter.take<Storage>(p.n_rows * block);
-    arrays.dx = cutter.take<W>(p.n_rows * p.width);
+    arrays.x_packed = allocator.take<U>(n_tiles * steps * kTileRows);
+    arrays.x_panels = allocator.take<U>(width_panels * row_steps * columns);
+    arrays.dz_packed = allocator.take<U>(n_tiles * block_steps * kTileRows);
+    arrays.dz_columns = allocator.take<U>(block * row_steps);
+    arrays.panels = allocator.take<U>(panel * n_threads);
+    arrays.dz = allocator.take<Storage>(p.n_rows * block);
+    arrays.dx = allocator.take<W>(p.n_rows * p.width);
     return arrays;
   });
-  std::atomic<int> next_member{0};
   team.run(n_threads, [&](Team::Member& member) {
-    U* own = scratch->panels + next_member.fetch_add(1) * panel;
+    U* own = scratch->panels + member.number * panel;
     const auto columns_at = [&](std::int64_t width_panel) {
       return static_cast<int>(std::min<std::int64_t>(columns, p.width - width_panel * columns));
     };
     member.for_each(n_tiles + width_panels, [&](std::int64_t task) {
       if (task < n_tiles) return p.pack_rows(task, scratch->x_packed);
       const std::int64_t d = task - n_tiles;
-      pack_steps<columns, Storage>([&](std::int64_t k) { return p.row(k) + d * columns; },
-                                   columns_at(d), p.n_rows,
-                                   scratch->x_panels + d * row_steps * columns);
+      pack_steps<columns, Storage>([&](std::int64_t k) { return p.row(k) + d * columns; }, p.n_rows,
+                                   columns_at(d), scratch->x_panels + d * row_steps * columns);
     });
     for (std::int64_t b = 0; b < n_blocks; ++b) {
       const std::int64_t first_word = b * block, words = std::min(block, p.n_words - first_word);
-      const std::int64_t groups = (words + kTileRows - 1) / kTileRows;
-      member.for_each((words + columns - 1) / columns, [&](std::int64_t task) {
+      const std::int64_t groups = tiles_of(words);
+      member.for_each(parts_of(words, columns), [&](std::int64_t task) {
         p.logits(first_word / columns + task, scratch->x_packed, own,
                  [&](RowTile tile, const W* z, std::int64_t first, int n) {
                    for (int i = 0; i < tile.rows; ++i) {
@@ -246,23 +238,22 @@ void backward(const Projection<Storage>& p, const Wide<Storage>* lse, const Wide
       member.for_each(n_tiles + groups, [&](std::int64_t task) {
         if (task < n_tiles) {
           const RowTile tile = tile_of(0, p.n_rows, task);
-          const Storage* lines[kTileRows];
-          for (int i = 0; i < tile.rows; ++i) lines[i] = scratch->dz + (tile.first + i) * block;
-          pack_lines<kTileRows>(lines, tile.rows, words,
-                                scratch->dz_packed + task * steps_of<Storage>(words) * kTileRows);
+          pack_lines<kTileRows, Storage>(
+              [&](std::int64_t i) { return scratch->dz + (tile.first + i) * block; }, tile.rows,
+              words, scratch->dz_packed + task * steps_of<Storage>(words) * kTileRows);
           return;
         }
         pack_columns<Storage>([&](std::int64_t k) { return scratch->dz + k * block; }, p.n_rows,
                               task - n_tiles, words, scratch->dz_columns);
       });
-      const std::int64_t tasks = (groups + kGroupsPerTask - 1) / kGroupsPerTask;
+      const std::int64_t tasks = parts_of(groups, kGroupsPerTask);
       member.for_each(width_panels + tasks, [&](std::int64_t task) {
         alignas(64) W sums[kTileRows * columns];
         if (task < width_panels) {
           const std::int64_t word_steps = steps_of<Storage>(words);
           const Storage* w = p.weight + first_word * p.width + task * columns;
           const int n = columns_at(task);
-          pack_steps<columns, Storage>([&](std::int64_t k) { return w + k * p.width; }, n, words,
+          pack_steps<columns, Storage>([&](std::int64_t k) { return w + k * p.width; }, words, n,
                                        own);
           for (std::int64_t t = 0; t < n_tiles; ++t) {
             const RowTile tile = tile_of(0, p.n_rows, t);

@@ -42,21 +42,15 @@ void sort_by_expert(const void* experts, std::int64_t n_slots, std::int64_t n_ex
 }
 
 void gather_rows(const void* source, const void* order, std::int64_t top_k, void* rows,
-                 std::int64_t n_rows, std::int64_t n_padded, std::int64_t row_bytes,
-                 int n_threads) {
+                 std::int64_t n_rows, std::int64_t row_bytes, int n_threads) {
   if (row_bytes == 0) return;  // empty tensors are null pointers, which memcpy does not take
   const auto* from = static_cast<const char*>(source);
   const auto* slot = static_cast<const std::int32_t*>(order);
   auto* to = static_cast<char*>(rows);
   const std::int64_t grain = rows_per_range(kBytesPerRange, row_bytes);
-  parallel_for(n_padded, grain, n_threads, [=](std::int64_t begin, std::int64_t end) {
+  parallel_for(n_rows, grain, n_threads, [=](std::int64_t begin, std::int64_t end) {
     for (std::int64_t row = begin; row < end; ++row) {
-      char* target = to + row * row_bytes;
-      if (row < n_rows) {
-        std::memcpy(target, from + slot[row] / top_k * row_bytes, row_bytes);
-      } else {
-        std::memset(target, 0, row_bytes);
-      }
+      std::memcpy(to + row * row_bytes, from + slot[row] / top_k * row_bytes, row_bytes);
     }
   });
 }

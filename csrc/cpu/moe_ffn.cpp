@@ -7,14 +7,13 @@
 // number of threads changes no bit.
 
 #include <algorithm>
-#include <atomic>
 #include <cstdint>
 
 #include "cpu/activation.h"
+#include "cpu/allocator.h"
 #include "cpu/kernels.h"
 #include "cpu/numeric.h"
 #include "cpu/row_tiles.h"
-#include "cpu/scratch.h"
 #include "cpu/team.h"
 #include "cpu/tile.h"
 #include "cpu/tile_results.h"
@@ -65,19 +64,18 @@ Network<Storage> network(DType dtype, const void* x, const void* w_in, const voi
 template <class Storage>
 void pack_weight_rows(const Storage* first, int n, int half, std::int64_t to_last,
                       std::int64_t width, Unit<Storage>* panel) {
-  constexpr int columns = kTileColumns<Storage>;
-  const Storage* lines[columns];
-  for (int i = 0; i < columns; ++i) {
-    const int line = i % half < n ? i % half : 0;  // sums of lines beyond n are not looked at
-    lines[i] = first + (line + (i < half ? 0 : to_last)) * width;
-  }
-  pack_lines<columns>(lines, columns, width, panel);
+  constexpr int columns = kTileColumns<Wide<Storage>>;
+  const auto line = [=](std::int64_t i) {
+    const std::int64_t in_half = i % half < n ? i % half : 0;  // sums beyond n are not looked at
+    return first + (in_half + (i < half ? 0 : to_last)) * width;
+  };
+  pack_lines<columns, Storage>(line, columns, width, panel);
 }
 
 template <class Activation, class Storage>
 void activate(const Wide<Storage>* sums, int rows, std::int64_t n, Storage* pre, Storage* h,
               std::int64_t hidden) {
-  constexpr int columns = kTileColumns<Storage>, half = columns / Activation::columns;
+  constexpr int columns = kTileColumns<Wide<Storage>>, half = columns / Activation::columns;
   for (int r = 0; r < rows; ++r) {
     const Wide<Storage>* __restrict first = sums + r * columns;
     const Wide<Storage>* __restrict last = first + (Activation::columns - 1) * half;
@@ -100,7 +98,7 @@ void activate(const Wide<Storage>* sums, int rows, std::int64_t n, Storage* pre,
 template <class Storage, class Put>
 void multiply_tiles(const ExpertGroup& group, std::int64_t e, const Unit<Storage>* packed,
                     const Unit<Storage>* panel, std::int64_t steps, const Put& put) {
-  alignas(64) Wide<Storage> sums[kTileRows * kTileColumns<Storage>];
+  alignas(64) Wide<Storage> sums[kTileRows * kTileColumns<Wide<Storage>>];
   const std::int64_t rows = group.rows(e), n_tiles = tiles_of(rows);
   for (std::int64_t t = 0; t < n_tiles; ++t) {
     const RowTile tile = tile_of(group.first_row(e), rows, t);
@@ -115,10 +113,8 @@ template <class Storage, class Rows>
 void pack_tile(const ExpertGroup& group, std::int64_t number, const Rows& row, std::int64_t count,
                Unit<Storage>* packed) {
   group.with_tile(number, [&](std::int64_t, RowTile tile, std::int64_t at) {
-    const Storage* lines[kTileRows];
-    for (int i = 0; i < tile.rows; ++i) lines[i] = row(tile.first + i);
-    pack_lines<kTileRows>(lines, tile.rows, count,
-                          packed + at * steps_of<Storage>(count) * kTileRows);
+    pack_lines<kTileRows, Storage>([&](std::int64_t i) { return row(tile.first + i); }, tile.rows,
+                                   count, packed + at * steps_of<Storage>(count) * kTileRows);
   });
 }
 
@@ -133,7 +129,7 @@ template <class Activation, class Storage>
 void first_product(const Network<Storage>& net, const ExpertGroup& group, std::int64_t e,
                    std::int64_t f, const Unit<Storage>* x_packed, Unit<Storage>* panel,
                    Storage* pre, Storage* h) {
-  constexpr int half = kTileColumns<Storage> / Activation::columns;
+  constexpr int half = kTileColumns<Wide<Storage>> / Activation::columns;
   const std::int64_t width = net.width, hidden = net.hidden;
   const int n = static_cast<int>(std::min<std::int64_t>(half, hidden - f));
   const Storage* w = net.w_in + (e * Activation::columns * hidden + f) * width;
@@ -150,29 +146,28 @@ template <class Activation, class Storage>
 void forward(const Network<Storage>& net, Storage* pre, Storage* y, std::int64_t group_bytes,
              int n_threads) {
   using U = Unit<Storage>;
-  constexpr int columns = kTileColumns<Storage>, half = columns / Activation::columns;
+  constexpr int columns = kTileColumns<Wide<Storage>>, half = columns / Activation::columns;
   const std::int64_t width = net.width, hidden = net.hidden, n_rows = net.n_rows();
   const std::int64_t in_steps = steps_of<Storage>(width), out_steps = steps_of<Storage>(hidden);
-  const std::int64_t in_panels = (hidden + half - 1) / half;
-  const std::int64_t out_panels = (width + columns - 1) / columns;
+  const std::int64_t in_panels = parts_of(hidden, half);
+  const std::int64_t out_panels = parts_of(width, columns);
   const std::int64_t row_bytes = (width + 2 * hidden) * static_cast<std::int64_t>(sizeof(U));
   const std::int64_t most = group_bytes / row_bytes;
   const std::int64_t panel = std::max(in_steps, out_steps) * columns;
   const GroupSizes sizes(net.offsets, net.n_experts, most);
   prefer_large_pages(pre, n_rows * Activation::columns * hidden * sizeof(Storage));
   Team team(4 * sizes.count);
-  const Scratch<ForwardScratch<Storage>> scratch([&](Cutter& cutter) {
+  const Workspace<ForwardScratch<Storage>> scratch([&](Allocator& allocator) {
     ForwardScratch<Storage> arrays;
-    arrays.x_packed = cutter.take<U>(sizes.tiles() * in_steps * kTileRows);
-    arrays.h_packed = cutter.take<U>(sizes.tiles() * out_steps * kTileRows);
-    arrays.panels = cutter.take<U>(panel * n_threads);
-    arrays.h = cutter.take<Storage>(sizes.rows * hidden);
-    arrays.y_rows = cutter.take<Storage>(n_rows * width);
+    arrays.x_packed = allocator.take<U>(sizes.tiles() * in_steps * kTileRows);
+    arrays.h_packed = allocator.take<U>(sizes.tiles() * out_steps * kTileRows);
+    arrays.panels = allocator.take<U>(panel * n_threads);
+    arrays.h = allocator.take<Storage>(sizes.rows * hidden);
+    arrays.y_rows = allocator.take<Storage>(n_rows * width);
     return arrays;
   });
-  std::atomic<int> next_member{0};
   team.run(n_threads, [&](Team::Member& member) {
-    U* own = scratch->panels + next_member.fetch_add(1) * panel;
+    U* own = scratch->panels + member.number * panel;
     for (std::int64_t next = 0; next < net.n_experts;) {
       const auto group = ExpertGroup::from(net.offsets, next, net.n_experts, most);
       const std::int64_t n_experts = group.n_experts(), first_row = group.first_row(next);
@@ -218,7 +213,7 @@ void activate_backward(const Network<Storage>& net, const Wide<Storage>* sums, c
                        Storage* weighted_h, Storage* dpre, Wide<Storage>* dot,
                        std::int64_t dot_stride) {
   using W = Wide<Storage>;
-  constexpr int columns = kTileColumns<Storage>;
+  constexpr int columns = kTileColumns<Wide<Storage>>;
   const std::int64_t hidden = net.hidden, to_last = (Activation::columns - 1) * hidden;
   const std::int64_t wide = Activation::columns * hidden;
   for (int r = 0; r < tile.rows; ++r) {
@@ -260,14 +255,14 @@ void backward(const Network<Storage>& net, const Storage* dy, const Storage* pre
               int n_threads) {
   using W = Wide<Storage>;
   using U = Unit<Storage>;
-  constexpr int columns = kTileColumns<Storage>;
+  constexpr int columns = kTileColumns<Wide<Storage>>;
   const std::int64_t width = net.width, hidden = net.hidden, n_rows = net.n_rows();
   const std::int64_t wide = Activation::columns * hidden;
   const std::int64_t y_steps = steps_of<Storage>(width), pre_steps = steps_of<Storage>(wide);
-  const std::int64_t width_panels = (width + columns - 1) / columns;
-  const std::int64_t hidden_panels = (hidden + columns - 1) / columns;
-  const std::int64_t width_groups = (width + kTileRows - 1) / kTileRows;
-  const std::int64_t wide_groups = (wide + kTileRows - 1) / kTileRows;
+  const std::int64_t width_panels = parts_of(width, columns);
+  const std::int64_t hidden_panels = parts_of(hidden, columns);
+  const std::int64_t width_groups = tiles_of(width);
+  const std::int64_t wide_groups = tiles_of(wide);
   const std::int64_t row_bytes =
       (2 * width + 3 * wide + hidden) * static_cast<std::int64_t>(sizeof(U));
   const std::int64_t most = group_bytes / row_bytes;
@@ -277,24 +272,23 @@ void backward(const Network<Storage>& net, const Storage* dy, const Storage* pre
   prefer_large_pages(dw_in, net.n_experts * wide * width * sizeof(Storage));
   prefer_large_pages(dw_out, net.n_experts * width * hidden * sizeof(Storage));
   Team team(4 * sizes.count);
-  const Scratch<BackwardScratch<Storage>> scratch([&](Cutter& cutter) {
+  const Workspace<BackwardScratch<Storage>> scratch([&](Allocator& allocator) {
     BackwardScratch<Storage> arrays;
     const std::int64_t rows = sizes.tiles() * kTileRows;
     const std::int64_t steps = sizes.template steps<Storage>() * kTileRows;
-    arrays.dy_packed = cutter.take<U>(rows * y_steps);
-    arrays.dy_columns = cutter.take<U>(steps * width_groups);
-    arrays.dpre_packed = cutter.take<U>(rows * pre_steps);
-    arrays.dpre_columns = cutter.take<U>(steps * wide_groups);
-    arrays.panels = cutter.take<U>(panel * n_threads);
-    arrays.dpre = cutter.take<Storage>(sizes.rows * wide);
-    arrays.weighted_h = cutter.take<Storage>(sizes.rows * hidden);
-    arrays.dx_rows = cutter.take<Storage>(n_rows * width);
-    arrays.dots = cutter.take<W>(sizes.rows * hidden_panels);
+    arrays.dy_packed = allocator.take<U>(rows * y_steps);
+    arrays.dy_columns = allocator.take<U>(steps * width_groups);
+    arrays.dpre_packed = allocator.take<U>(rows * pre_steps);
+    arrays.dpre_columns = allocator.take<U>(steps * wide_groups);
+    arrays.panels = allocator.take<U>(panel * n_threads);
+    arrays.dpre = allocator.take<Storage>(sizes.rows * wide);
+    arrays.weighted_h = allocator.take<Storage>(sizes.rows * hidden);
+    arrays.dx_rows = allocator.take<Storage>(n_rows * width);
+    arrays.dots = allocator.take<W>(sizes.rows * hidden_panels);
     return arrays;
   });
-  std::atomic<int> next_member{0};
   team.run(n_threads, [&](Team::Member& member) {
-    U* own = scratch->panels + next_member.fetch_add(1) * panel;
+    U* own = scratch->panels + member.number * panel;
     for (std::int64_t next = 0; next < net.n_experts;) {
       const auto group = ExpertGroup::from(net.offsets, next, net.n_experts, most);
       const std::int64_t n_experts = group.n_experts(), first_row = group.first_row(next);
@@ -321,7 +315,7 @@ void backward(const Network<Storage>& net, const Storage* dy, const Storage* pre
         if (group.rows(e) == 0) return;
         const int n = static_cast<int>(std::min<std::int64_t>(columns, hidden - f));
         const Storage* w = net.w_out + e * width * hidden + f;
-        pack_steps<columns, Storage>([&](std::int64_t k) { return w + k * hidden; }, n, width, own);
+        pack_steps<columns, Storage>([&](std::int64_t k) { return w + k * hidden; }, width, n, own);
         multiply_tiles<Storage>(
             group, e, scratch->dy_packed, own, y_steps, [&](RowTile tile, const auto* sums) {
               activate_backward<Activation>(net, sums, tile, first_row, f, n, pre,
@@ -358,7 +352,7 @@ void backward(const Network<Storage>& net, const Storage* dy, const Storage* pre
           const std::int64_t d = p * columns;
           const int n = static_cast<int>(std::min<std::int64_t>(columns, width - d));
           const Storage* w = net.w_in + e * wide * width + d;
-          pack_steps<columns, Storage>([&](std::int64_t k) { return w + k * width; }, n, wide, own);
+          pack_steps<columns, Storage>([&](std::int64_t k) { return w + k * width; }, wide, n, own);
           multiply_tiles<Storage>(
               group, e, scratch->dpre_packed, own, pre_steps, [&](RowTile tile, const auto* sums) {
                 put_rows(sums, tile.rows, n, scratch->dx_rows + tile.first * width + d, width);

@@ -41,14 +41,16 @@ inline void fill_panel(const Weight* const* rows, std::int64_t width, char* pane
     const std::int64_t left = row_bytes - at;
     const __mmask64 mask = left >= 64 ? ~__mmask64{0} : (__mmask64{1} << left) - 1;
     for (int half = 0; half < 2; ++half) {
-      __m512i r[16];
+      Vector<float> square[16];  // moved only, as bits
+#pragma GCC unroll 16
       for (int i = 0; i < 16; ++i) {
         const char* from = reinterpret_cast<const char*>(rows[half * 16 + i]) + at;
-        r[i] = _mm512_xor_si512(_mm512_maskz_loadu_epi8(mask, from), flip);
+        square[i] = (Vector<float>)_mm512_xor_si512(_mm512_maskz_loadu_epi8(mask, from), flip);
       }
-      transpose(r);
+      transpose<1>(square);
+#pragma GCC unroll 16
       for (int i = 0; i < 16; ++i) {
-        _mm512_store_si512(panel + ((at / 4 + i) * 2 + half) * 64, r[i]);
+        std::memcpy(panel + ((at / 4 + i) * 2 + half) * 64, &square[i], 64);
       }
     }
   }

@@ -12,7 +12,7 @@ namespace {  // the linker must not merge the instruction sets' copies
 
 // How many tiles so many rows of one expert are: as few as can be, of about as many rows each, for
 // one of two rows costs as much as one of four.
-inline std::int64_t tiles_of(std::int64_t rows) { return (rows + kTileRows - 1) / kTileRows; }
+inline std::int64_t tiles_of(std::int64_t rows) { return parts_of(rows, kTileRows); }
 
 struct RowTile {
   std::int64_t first;
@@ -45,7 +45,7 @@ struct ExpertGroup {
   std::int64_t tile(std::int64_t e) const { return row(e) / kTileRows + (e - begin); }
   template <class Storage>
   std::int64_t step(std::int64_t e) const {
-    return row(e) / Packed<Storage>::numbers + (e - begin);
+    return row(e) / kDepth<Unit<Storage>> + (e - begin);
   }
 
   // Calls fn(expert, tile, its number in the group) for task `number` of tile(end), if there is
@@ -74,7 +74,7 @@ struct GroupSizes {
   std::int64_t tiles() const { return rows / kTileRows + experts; }
   template <class Storage>
   std::int64_t steps() const {
-    return rows / Packed<Storage>::numbers + experts;
+    return rows / kDepth<Unit<Storage>> + experts;
   }
 };
 

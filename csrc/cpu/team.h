@@ -36,9 +36,9 @@ class Team {
     } context{*this, body};
     parallel_blocks(
         n_threads, n_threads,
-        [](void* pointer, std::int64_t) {
+        [](void* pointer, std::int64_t number) {
           const Context& self = *static_cast<const Context*>(pointer);
-          Member member(self.team);
+          Member member(self.team, number);
           self.body(member);
         },
         &context);
@@ -53,7 +53,10 @@ class Team {
  public:
   class Member {
    public:
-    explicit Member(Team& team) : loop_(team.loops_) {}
+    Member(Team& team, std::int64_t number) : number(number), loop_(team.loops_) {}
+
+    // From 0 on, in a team of n_threads no two alike: whose part of scratch memory is whose.
+    const std::int64_t number;
 
     // Calls fn(block) once for each block in [0, n), by some member, and returns when all are done.
     // What the members wrote before is seen. n may depend on what earlier loops wrote, even where

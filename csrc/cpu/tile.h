@@ -1,237 +1,267 @@
-// Products of matrices on a tile of sums that stays in registers.
+// Products of matrices on a tile of sums that stays in registers, and the layouts that they read.
 //
-// C = A B: a tile of C is kTileRows rows by two vectors of columns. Both factors are packed first:
-// of A one step of the reduction for all rows of a tile side by side, of B one step for all columns
-// of a panel. A step is then two loads, a broadcast per row and two multiply-adds per row: on
-// AVX-512 24 of these for 14 loads, which keeps the multipliers busy (the scheme of Goto and van de
-// Geijn, doi:10.1145/1356052.1356053). Packing also gathers rows, widens or pairs half types and
+// C = A B: a tile of C is kTileRows rows by two vectors of columns. A step of the reduction is two
+// loads of B, an element of A for each row that is multiplied with both, and nothing else: on
+// AVX-512 24 multiply-adds for 14 loads, which keeps the multipliers busy (the scheme of Goto and
+// van de Geijn, doi:10.1145/1356052.1356053). Both factors are packed first, so that what one step
+// takes lies side by side; packing also gathers rows, widens 16-bit numbers or pairs them up, and
 // turns what lies the other way.
 //
-// A step is one number, or with AVX512-BF16 two bfloat16 of consecutive steps, whose products
-// vdpbf16ps adds to a float in one instruction.
+// What is packed are numbers of the type sums are kept in or, where the processor multiplies them,
+// pairs of bfloat16 that follow one another along the reduction: half as many steps, two products
+// with every instruction. 16-bit numbers are exact in both.
 #pragma once
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
+#include "cpu/count.h"
+#include "cpu/lanes.h"
 #include "cpu/numeric.h"
 #include "cpu/transpose.h"
 
-#if defined(__x86_64__)
+#if defined(__AVX512BF16__)
 #include <immintrin.h>
 #endif
 
 namespace pyllm::PYLLM_ISA {
 namespace {  // the linker must not merge the instruction sets' copies
 
-#if defined(__AVX512BF16__)
-constexpr int kTileBytes = 64, kTileRows = 12;  // 24 sums, 2 columns, a broadcast: of 32 registers
-#elif defined(__AVX2__)
-constexpr int kTileBytes = 32, kTileRows = 6;  // 12 sums, 2 columns, a broadcast: of 16
-#else
-constexpr int kTileBytes = 16, kTileRows = 4;
-#endif
-
-struct Pair {  // two bfloat16, the one of the earlier step in the lower bits
+struct Pair {  // the number of the earlier step in the lower bits
   std::uint32_t bits;
 };
 
-// What numbers of a type become when they are packed, and how many of them one step takes.
 template <class Storage>
-struct Packed {
-  using Unit = Wide<Storage>;
-  static constexpr int numbers = 1;
+struct UnitOf {
+  using type = Wide<Storage>;
 };
 #if defined(__AVX512BF16__)
 template <>
-struct Packed<BFloat16> {
-  using Unit = Pair;
-  static constexpr int numbers = 2;
+struct UnitOf<BFloat16> {
+  using type = Pair;
 };
 #endif
+// What numbers of a type become when they are packed.
 template <class Storage>
-using Unit = typename Packed<Storage>::Unit;
+using Unit = typename UnitOf<Storage>::type;
 
-// Columns of a tile.
-template <class Storage>
-constexpr int kTileColumns = 2 * kTileBytes / static_cast<int>(sizeof(Wide<Storage>));
+// Numbers in a unit, and the type of its products.
+template <class U>
+constexpr int kDepth = std::is_same_v<U, Pair> ? 2 : 1;
+template <class U>
+using SumOf = std::conditional_t<std::is_same_v<U, Pair>, float, U>;
 
 // Steps of a reduction over so many numbers.
 template <class Storage>
 constexpr std::int64_t steps_of(std::int64_t numbers) {
-  constexpr int per_step = Packed<Storage>::numbers;
-  return (numbers + per_step - 1) / per_step;
+  return parts_of(numbers, kDepth<Unit<Storage>>);
 }
 
-typedef float TileFloats __attribute__((vector_size(kTileBytes)));
-typedef double TileDoubles __attribute__((vector_size(kTileBytes)));
-
-// sum += b * x, rounded once where the processor can. Not left to the compiler's contraction, which
-// attention.cpp switches off.
-inline void add_product(TileFloats& sum, TileFloats b, float x) {
-#if defined(__AVX512BF16__)
-  sum = _mm512_fmadd_ps(b, _mm512_set1_ps(x), sum);
+// Rows and columns of a tile: 24 sums, 2 vectors of B and an element of A in 32 registers; 12
+// in 16.
+#if defined(__AVX512F__)
+constexpr int kTileRows = 12;
 #elif defined(__AVX2__)
-  sum = _mm256_fmadd_ps(b, _mm256_set1_ps(x), sum);
+constexpr int kTileRows = 6;
 #else
-  sum += b * x;
+constexpr int kTileRows = 4;
 #endif
-}
+template <class W>
+constexpr int kTileColumns = 2 * kLanes<W>;
 
-inline void add_product(TileDoubles& sum, TileDoubles b, double x) {
-#if defined(__AVX512BF16__)
-  sum = _mm512_fmadd_pd(b, _mm512_set1_pd(x), sum);
-#elif defined(__AVX2__)
-  sum = _mm256_fmadd_pd(b, _mm256_set1_pd(x), sum);
-#else
-  sum += b * x;
-#endif
-}
+inline void multiply_add(float a, const Vector<float>& b, Vector<float>& sum) { sum += a * b; }
+inline void multiply_add(double a, const Vector<double>& b, Vector<double>& sum) { sum += a * b; }
 
 #if defined(__AVX512BF16__)
-inline void add_product(TileFloats& sum, TileFloats b, Pair x) {
-  const __m512i pairs = _mm512_set1_epi32(static_cast<int>(x.bits));
-  // Not the intrinsic: GCC 12 keeps such sums on the stack.
-  asm("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(b), "v"(pairs));
+inline void multiply_add(Pair a, const Vector<float>& b, Vector<float>& sum) {
+  const auto pairs = reinterpret_cast<__m512bh>(_mm512_set1_epi32(static_cast<int>(a.bits)));
+  sum = (Vector<float>)_mm512_dpbf16_ps((__m512)sum, pairs, reinterpret_cast<__m512bh>(b));
 }
 #endif
 
-template <class Unit>
-struct Lanes {
-  using Vector = TileFloats;
-  using Number = float;
-};
-template <>
-struct Lanes<double> {
-  using Vector = TileDoubles;
-  using Number = double;
-};
+inline Vector<float> load_units(const Pair* from) {
+  Vector<float> vector;  // moved only, as bits
+  std::memcpy(&vector, from, sizeof vector);
+  return vector;
+}
+inline Vector<float> load_units(const float* from) { return load(from); }
+inline Vector<double> load_units(const double* from) { return load(from); }
 
-// One long sum of floats loses digits: it is taken in parts of so many steps. Short ones where a
-// tile has few rows and waits for memory anyway.
-constexpr std::int64_t steps_per_sum(int rows) { return rows <= 4 ? 32 : 128; }
-
-// sums[r][c] = sum over the steps of a[step][r] * b[step][c], for the first `rows` rows.
-template <int rows, class Unit>
-__attribute__((noinline)) void tile_products(const Unit* a, const Unit* b, std::int64_t steps,
-                                             typename Lanes<Unit>::Number* sums) {
-  using Vector = typename Lanes<Unit>::Vector;
-  using Number = typename Lanes<Unit>::Number;
-  constexpr int kLanes = kTileBytes / sizeof(Number);
-  constexpr std::int64_t kStepsPerSum = steps_per_sum(rows);
-  for (std::int64_t begin = 0; begin == 0 || begin < steps; begin += kStepsPerSum) {
-    Vector acc[rows][2];
+// c = scale * A B, or c += A B for `add`. Element (r, s) of A is a[r * kRowStride + s * a_step].
+// Not inline: GCC would keep the sums in memory, and the product with `scale` must be rounded
+// before anything is taken from it, as attention's backward has to do it once more.
+template <int rows, int kRowStride, int kVectors, class U>
+[[gnu::noinline]] void multiply_tile(const U* a, std::int64_t a_step, const U* b,
+                                     std::int64_t b_step, std::int64_t steps, bool add,
+                                     SumOf<U> scale, SumOf<U>* c, std::int64_t c_stride) {
+  using W = SumOf<U>;
+  Vector<W> sums[rows][kVectors];
 #pragma GCC unroll 12
-    for (int r = 0; r < rows; ++r) acc[r][0] = acc[r][1] = Vector{};
-    const std::int64_t end = begin + kStepsPerSum < steps ? begin + kStepsPerSum : steps;
-    for (std::int64_t step = begin; step < end; ++step) {
-      Vector first, second;
-      std::memcpy(&first, b + step * 2 * kLanes, sizeof first);
-      std::memcpy(&second, b + step * 2 * kLanes + kLanes, sizeof second);
-#pragma GCC unroll 12
-      for (int r = 0; r < rows; ++r) {
-        const Unit x = a[step * kTileRows + r];
-        add_product(acc[r][0], first, x);
-        add_product(acc[r][1], second, x);
-      }
-    }
+  for (int r = 0; r < rows; ++r) {
+#pragma GCC unroll 2
+    for (int v = 0; v < kVectors; ++v) sums[r][v] = Vector<W>{};
+  }
+  for (std::int64_t s = 0; s < steps; ++s) {
+    Vector<W> row[kVectors];
+#pragma GCC unroll 2
+    for (int v = 0; v < kVectors; ++v) row[v] = load_units(b + v * kLanes<W>);
 #pragma GCC unroll 12
     for (int r = 0; r < rows; ++r) {
+      const U element = a[r * kRowStride];
 #pragma GCC unroll 2
-      for (int v = 0; v < 2; ++v) {
-        Number* to = sums + (2 * r + v) * kLanes;
-        if (begin > 0) {
-          Vector before;
-          std::memcpy(&before, to, sizeof before);
-          acc[r][v] += before;
-        }
-        std::memcpy(to, &acc[r][v], sizeof acc[r][v]);
-      }
+      for (int v = 0; v < kVectors; ++v) multiply_add(element, row[v], sums[r][v]);
+    }
+    a += a_step;
+    b += b_step;
+  }
+#pragma GCC unroll 12
+  for (int r = 0; r < rows; ++r) {
+#pragma GCC unroll 2
+    for (int v = 0; v < kVectors; ++v) {
+      W* to = c + r * c_stride + v * kLanes<W>;
+      store(add ? load(to) + sums[r][v] : scale * sums[r][v], to);
     }
   }
 }
 
-template <class Unit, int most = kTileRows>
-inline void tile_products(int rows, const Unit* a, const Unit* b, std::int64_t steps,
-                          typename Lanes<Unit>::Number* sums) {
-  if constexpr (most > 0) {
-    if (rows == most) return tile_products<most>(a, b, steps, sums);
-    return tile_products<Unit, most - 1>(rows, a, b, steps, sums);
-  }
+// A whole product of packed factors: sums[r][c] over the steps of a[step][r] * b[step][c], for the
+// first `rows` of kTileRows rows. One long sum of floats loses digits, so it is taken in parts:
+// short ones where a tile has few rows and waits for memory anyway.
+template <class U>
+inline void tile_products(int rows, const U* a, const U* b, std::int64_t steps, SumOf<U>* sums) {
+  constexpr int columns = kTileColumns<SumOf<U>>;
+  const std::int64_t part = rows <= 4 ? 32 : 128;
+  with_count<kTileRows>(rows, [=](auto count) {
+    for (std::int64_t begin = 0; begin == 0 || begin < steps; begin += part) {
+      multiply_tile<count, 1, 2>(a + begin * kTileRows, kTileRows, b + begin * columns, columns,
+                                 steps - begin < part ? steps - begin : part, begin > 0,
+                                 SumOf<U>(1), sums, columns);
+    }
+  });
 }
 
-// Packing. `lines` are what a tile has as rows or a panel as columns; of `width` of them the first
-// n are given, the others are zeros. packed: [step][width].
-
-inline float pack_number(float value) { return value; }
-inline double pack_number(double value) { return value; }
-inline float pack_number(BFloat16 value) { return widen(value); }
-inline float pack_number(Float16 value) { return widen(value); }
-
-// Lines along which the reduction runs: lines[i] is where line i's `count` numbers begin.
-template <int width, class Storage>
-__attribute__((noinline)) void pack_lines(const Storage* const* lines, int n, std::int64_t count,
-                                          Unit<Storage>* packed) {
-  if constexpr (sizeof(Unit<Storage>) == sizeof(Storage) * Packed<Storage>::numbers &&
-                sizeof(Unit<Storage>) == 4 && kTransposed > 0) {
-    constexpr int per_step = Packed<Storage>::numbers;
-    for (int first = 0; first < width; first += kTransposed) {
-      const int here = n - first < kTransposed ? n - first : kTransposed;
-      const int stored = width - first < kTransposed ? width - first : kTransposed;
-      const void* from[kTransposed > 0 ? kTransposed : 1];
-      for (int i = 0; i < kTransposed; ++i) from[i] = lines[i < here ? first + i : 0];
-      for (std::int64_t at = 0; at < count; at += kTransposed * per_step) {
-        transpose_units(from, here > 0 ? here : 0, at * sizeof(Storage),
-                        (count - at) * sizeof(Storage), packed + at / per_step * width + first,
-                        width, stored);
-      }
-    }
+// n numbers as units along them, zeros behind up to n_units units.
+template <class Storage>
+inline void to_units(const Storage* __restrict from, std::int64_t n, std::int64_t n_units,
+                     Unit<Storage>* __restrict to) {
+  using U = Unit<Storage>;
+  if constexpr (std::is_same_v<U, Pair> || std::is_same_v<U, Storage>) {
+    std::memcpy(to, from, n * sizeof(Storage));
+    std::memset(reinterpret_cast<char*>(to) + n * sizeof(Storage), 0,
+                n_units * sizeof(U) - n * sizeof(Storage));
   } else {
-    for (std::int64_t k = 0; k < count; ++k) {
-      for (int i = 0; i < width; ++i) {
-        packed[k * width + i] = i < n ? pack_number(lines[i][k]) : Unit<Storage>(0);
-      }
-    }
+#pragma omp simd
+    for (std::int64_t c = 0; c < n; ++c) to[c] = widen(from[c]);
+    for (std::int64_t c = n; c < n_units; ++c) to[c] = 0;
   }
 }
 
-constexpr std::int64_t kRowsAhead = 16;
-
-template <int width, class Storage>
-inline void fetch_row(const Storage* row) {
-  for (std::size_t at = 0; at < width * sizeof(Storage); at += 64) {
-    __builtin_prefetch(reinterpret_cast<const char*>(row) + at);
-  }
-}
-
-// Lines side by side: rows(k) is where step k's number of line 0 stands, those of the others
-// follow.
-template <int width, class Storage, class Rows>
-__attribute__((noinline)) void pack_steps(const Rows& rows, int n, std::int64_t count,
-                                          Unit<Storage>* packed) {
-  constexpr int per_step = Packed<Storage>::numbers;
-  for (std::int64_t k = 0; k < count; k += per_step) {
-    Unit<Storage>* to = packed + k / per_step * width;
-    Storage part[per_step][width] = {};
-    const Storage* from[per_step];
-    for (int j = 0; j < per_step; ++j) {
-      from[j] = part[j];
-      if (k + j >= count) continue;
-      from[j] = rows(k + j);
-      // Two lines of each row and then a jump: no processor foresees that.
-      if (k + j + kRowsAhead < count) fetch_row<width>(rows(k + j + kRowsAhead));
-      if (n < width) {
-        std::memcpy(part[j], from[j], n * sizeof(Storage));
-        from[j] = part[j];
-      }
-    }
-    if constexpr (per_step == 2) {
-      for (int i = 0; i < width; ++i) {
-        to[i].bits = from[0][i].bits | std::uint32_t{from[1][i].bits} << 16;
-      }
+// A square of units: of kLanes lines their numbers from the first on, `count` of them or as many as
+// there is room for. Turned, it is what a few steps take.
+template <class Storage>
+inline void load_square(const Storage* const* lines, int n_lines, std::int64_t first,
+                        std::int64_t count, Vector<Wide<Storage>>* square) {
+  using U = Unit<Storage>;
+  constexpr int lanes = kLanes<Wide<Storage>>;
+  constexpr std::int64_t whole = lanes * kDepth<U>;
+  U line[lanes];
+#pragma GCC unroll 16
+  for (int r = 0; r < lanes; ++r) {
+    if (r >= n_lines) {
+      square[r] = Vector<Wide<Storage>>{};
+    } else if (count >= whole) {
+      to_units(lines[r] + first, whole, lanes, line);
+      square[r] = load_units(line);
     } else {
-      for (int i = 0; i < width; ++i) to[i] = pack_number(from[0][i]);
+      to_units(lines[r] + first, count, lanes, line);
+      square[r] = load_units(line);
     }
+  }
+}
+
+// Lines along which the reduction runs, `width` of them side by side: to[step * width + i] is line
+// i's unit; zeros for the lines from n on. lines[i] is where line i's `count` numbers begin.
+template <int width, class Storage>
+[[gnu::noinline]] void pack_lines(const Storage* const* lines, std::int64_t n, std::int64_t count,
+                                  Unit<Storage>* to) {
+  using W = Wide<Storage>;
+  constexpr int lanes = kLanes<W>, depth = kDepth<Unit<Storage>>;
+#pragma GCC unroll 4
+  for (int first = 0; first < width; first += lanes) {
+    const int bytes = (width - first < lanes ? width - first : lanes) * int{sizeof(W)};
+    const int here = n - first < lanes ? static_cast<int>(n - first) : lanes;
+    for (std::int64_t at = 0; at < count; at += lanes * depth) {
+      Vector<W> square[lanes];
+      load_square(lines + first, here, at, count - at, square);
+      transpose<1>(square);
+      Unit<Storage>* const out = to + at / depth * width + first;
+      const std::int64_t steps = steps_of<Storage>(count - at);
+      if (steps >= lanes) {
+#pragma GCC unroll 16
+        for (int s = 0; s < lanes; ++s) std::memcpy(out + s * width, &square[s], bytes);
+      } else {
+        for (std::int64_t s = 0; s < steps; ++s) std::memcpy(out + s * width, &square[s], bytes);
+      }
+    }
+  }
+}
+
+// The same of line(i), for i < n or `width`.
+template <int width, class Storage, class Line>
+inline void pack_lines(const Line& line, std::int64_t n, std::int64_t count, Unit<Storage>* to) {
+  const Storage* lines[width];
+  if (n > width) n = width;
+  for (std::int64_t i = 0; i < n; ++i) lines[i] = line(i);
+  pack_lines<width>(lines, n, count, to);
+}
+
+// Rows that follow one another along the reduction: to[step * columns + c] joins column c of row(r)
+// and, in a pair, of the row behind it. Zeros in the columns from `width` on, and in rows from
+// n_rows to padded_rows.
+template <class Storage, class Row>
+inline void pack_steps(const Row& row, std::int64_t n_rows, std::int64_t padded_rows,
+                       std::int64_t width, std::int64_t columns, Unit<Storage>* to) {
+  using U = Unit<Storage>;
+  constexpr std::int64_t kRowsAhead = 16;
+  const auto fetch = [&](std::int64_t r) {
+    // A few lines of each row and then a jump: no processor foresees that.
+    if (r >= n_rows) return;
+    const auto* ahead = reinterpret_cast<const char*>(row(r));
+    for (std::int64_t at = 0; at < width * std::int64_t{sizeof(Storage)}; at += kLineBytes) {
+      __builtin_prefetch(ahead + at);
+    }
+  };
+  for (std::int64_t r = 0; r < padded_rows; r += kDepth<U>, to += columns) {
+    if (r >= n_rows) {
+      std::memset(to, 0, columns * sizeof(U));
+      continue;
+    }
+    for (int j = 0; j < kDepth<U>; ++j) fetch(r + kRowsAhead + j);
+    if constexpr (std::is_same_v<U, Pair>) {
+      const Storage* __restrict a = row(r);
+      const Storage* __restrict b = r + 1 < n_rows ? row(r + 1) : a;
+      const std::uint32_t keep = r + 1 < n_rows ? 0xffffffffu : 0x0000ffffu;
+      std::uint32_t* __restrict bits = &to->bits;
+#pragma omp simd
+      for (std::int64_t c = 0; c < width; ++c) {
+        bits[c] = (std::uint32_t{a[c].bits} | std::uint32_t{b[c].bits} << 16) & keep;
+      }
+      for (std::int64_t c = width; c < columns; ++c) bits[c] = 0;
+    } else {
+      to_units(row(r), width, columns, to);
+    }
+  }
+}
+
+// The same for as many columns as a tile has rows or columns.
+template <int columns, class Storage, class Row>
+[[gnu::noinline]] void pack_steps(const Row& row, std::int64_t n_rows, std::int64_t width,
+                                  Unit<Storage>* to) {
+  if (width == columns) {
+    pack_steps<Storage>(row, n_rows, n_rows, columns, columns, to);
+  } else {
+    pack_steps<Storage>(row, n_rows, n_rows, width, columns, to);
   }
 }
 

@@ -13,7 +13,7 @@ namespace {  // the linker must not merge the instruction sets' copies
 template <class Storage>
 void put_rows(const Wide<Storage>* sums, int rows, std::int64_t n, Storage* to,
               std::int64_t stride) {
-  constexpr int columns = kTileColumns<Storage>;
+  constexpr int columns = kTileColumns<Wide<Storage>>;
   for (int r = 0; r < rows; ++r) {
     const Wide<Storage>* __restrict from = sums + r * columns;
     Storage* __restrict out = to + r * stride;
@@ -31,7 +31,7 @@ template <class Storage>
 void stream_rows(const Wide<Storage>* sums, int rows, std::int64_t n, Storage* to,
                  std::int64_t stride) {
 #if defined(__AVX512F__)
-  constexpr int columns = kTileColumns<Storage>;
+  constexpr int columns = kTileColumns<Wide<Storage>>;
   constexpr int kBytes = columns * sizeof(Storage);
   const auto at = reinterpret_cast<std::uintptr_t>(to) | stride * sizeof(Storage);
   if (n == columns && at % 64 == 0) {
@@ -62,7 +62,7 @@ void pack_columns(const Rows& rows, std::int64_t n_rows, std::int64_t group, std
                   Unit<Storage>* packed) {
   const std::int64_t first = group * kTileRows;
   const int n = static_cast<int>(std::min<std::int64_t>(kTileRows, n_lines - first));
-  pack_steps<kTileRows, Storage>([&](std::int64_t k) { return rows(k) + first; }, n, n_rows,
+  pack_steps<kTileRows, Storage>([&](std::int64_t k) { return rows(k) + first; }, n_rows, n,
                                  packed + group * steps_of<Storage>(n_rows) * kTileRows);
 }
 
@@ -72,9 +72,9 @@ template <class Storage, class Rows>
 void weight_gradient(const Unit<Storage>* left, std::int64_t n_lines, const Rows& right,
                      std::int64_t n_rows, int n, Unit<Storage>* panel, Storage* out,
                      std::int64_t stride) {
-  alignas(64) Wide<Storage> sums[kTileRows * kTileColumns<Storage>];
+  alignas(64) Wide<Storage> sums[kTileRows * kTileColumns<Wide<Storage>>];
   const std::int64_t steps = steps_of<Storage>(n_rows);
-  pack_steps<kTileColumns<Storage>, Storage>(right, n, n_rows, panel);
+  pack_steps<kTileColumns<Wide<Storage>>, Storage>(right, n_rows, n, panel);
   for (std::int64_t line = 0; line < n_lines; line += kTileRows) {
     const int rows = static_cast<int>(std::min<std::int64_t>(kTileRows, n_lines - line));
     tile_products(rows, left + line * steps, panel, steps, sums);

@@ -33,14 +33,13 @@ def sort_by_expert(experts_NA: Tensor, n_experts: int) -> tuple[Tensor, Tensor, 
 
 
 def gather_rows(source_ND: Tensor, order_R: Tensor, top_k: int, out_RD: Tensor) -> Tensor:
-    """Write ``source[order // top_k]`` to ``out``, and zeros to the rows of ``out`` that remain."""
+    """Write ``source[order // top_k]`` to ``out``."""
     extension().gather_rows(
         source_ND.data_ptr(),
         order_R.data_ptr(),
         top_k,
         out_RD.data_ptr(),
         order_R.shape[0],
-        out_RD.shape[0],
         source_ND.shape[1] * source_ND.itemsize,
         torch.get_num_threads(),
     )

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from pyllm.cpu_kernels._launch import accumulator, dtype_code, extension, ready
+from pyllm.reference._precision import LARGEST_INT8_WIDTH
 
 
 def int8_linear_plain(
@@ -27,7 +28,9 @@ def int8_linear_plain(
 
 @cache
 def _native() -> Callable[..., Tensor | None]:
-    found: Callable[..., Tensor | None] = extension().Int8Linear(Tensor, torch.empty)
+    found: Callable[..., Tensor | None] = extension().Int8Linear(
+        Tensor, torch.empty, LARGEST_INT8_WIDTH
+    )
     return found
 
 

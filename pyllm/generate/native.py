@@ -23,7 +23,7 @@ from pyllm.layers.position import LearnedPositions
 from pyllm.models import Int8Transformer, Transformer
 from pyllm.models.transformer import Block
 from pyllm.ops._registry import choose_face
-from pyllm.ops.int8_linear import LARGEST_WIDTH
+from pyllm.reference._precision import LARGEST_INT8_WIDTH
 
 DTYPES = (torch.float32, torch.bfloat16)
 DISPATCHERS = (LocalDispatcher, Int8Dispatcher)
@@ -130,7 +130,7 @@ def native_model(model: Transformer) -> NativeModel | None:
     state = model.state_dict().values()
     if any(weight.device.type != "cpu" or not weight.is_contiguous() for weight in state):
         return None
-    if int8 and any(weight.shape[-1] > LARGEST_WIDTH for weight in state):
+    if int8 and any(weight.shape[-1] > LARGEST_INT8_WIDTH for weight in state):
         return None  # PyTorch's path says why
     return NativeModel(model)
 

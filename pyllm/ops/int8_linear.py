@@ -13,10 +13,8 @@ from pyllm.ops._checks import (
     check_shape,
 )
 from pyllm.ops._registry import choose_face, nothing_between, register_inference
+from pyllm.reference._precision import LARGEST_INT8_WIDTH
 from pyllm.reference.int8_linear import quantize_rows
-
-LARGEST_WIDTH = 2**31 // (128 * 127)
-"""So many products of int8 add up to what int32 holds."""
 
 
 def int8_linear(
@@ -64,10 +62,10 @@ def int8_linear(
     check_inference(
         "int8_linear", "no gradient flows through integers", x=x, weight_scale=weight_scale
     )
-    if quantize_input and x.shape[1] > LARGEST_WIDTH:
+    if quantize_input and x.shape[1] > LARGEST_INT8_WIDTH:
         raise ValueError(
-            f"int8_linear: x must be at most {LARGEST_WIDTH:,} wide, or its sums leave int32, got "
-            f"{tuple(x.shape)}; give quantize_input=False"
+            f"int8_linear: x must be at most {LARGEST_INT8_WIDTH:,} wide, or its sums leave int32, "
+            f"got {tuple(x.shape)}; give quantize_input=False"
         )
     chosen = choose_face("int8_linear", x.device.type, face)
     return torch.ops.pyllm.int8_linear_forward(x, weight, weight_scale, quantize_input, chosen)

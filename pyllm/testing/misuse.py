@@ -60,7 +60,7 @@ def _overflow(native: ModuleType) -> None:
 
 def _null_pointer(native: ModuleType) -> None:
     order, rows = torch.zeros(1, dtype=torch.int32), torch.empty(4)
-    native.gather_rows(0, order.data_ptr(), 1, rows.data_ptr(), 1, 1, 16, 1)
+    native.gather_rows(0, order.data_ptr(), 1, rows.data_ptr(), 1, 16, 1)
 
 
 def _race(native: ModuleType) -> None:
