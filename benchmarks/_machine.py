@@ -1,8 +1,9 @@
-"""What every benchmark writes beside its figures: the machine, the software, the commit."""
+"""What every benchmark writes: the machine, the software, the commit, medians and quartiles."""
 
 import json
 import os
 import platform
+import statistics
 import subprocess
 from datetime import date
 from pathlib import Path
@@ -73,3 +74,9 @@ def write_results(name: str, content: dict[str, Any]) -> Path:
     text = json.dumps({"machine": machine, **content}, indent=1)
     path.write_text(text + "\n", encoding="utf-8")
     return path
+
+
+def spread(times: list[float]) -> dict[str, float]:
+    """Median and quartiles, in seconds."""
+    low, median, high = statistics.quantiles(times, n=4, method="inclusive")
+    return {"median": median, "low": low, "high": high, "calls": len(times)}

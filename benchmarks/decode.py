@@ -22,6 +22,10 @@ from typing import Any, Literal
 from pyllm._checks import check_size
 from pyllm._cli import require_writable, run
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from _machine import spread
+
 PEERS = {"int8": "q8_0", "bfloat16": "bfloat16", "float32": "float32"}
 """Our weights, and what llama.cpp is given."""
 
@@ -56,7 +60,6 @@ class Config:
 
 def main(config: Config) -> None:
     """Measure, print, write."""
-    sys.path.insert(0, str(Path(__file__).resolve().parent))
     import torch
     from _record import Record
 
@@ -127,12 +130,6 @@ def measure(config: Config, model: Any, dtype: str) -> dict[str, Any]:
             for n, by_name in found["prefill"].items()
         }
     return found
-
-
-def spread(times: list[float]) -> dict[str, float]:
-    """Median and quartiles, in seconds."""
-    low, median, high = statistics.quantiles(times, n=4, method="inclusive")
-    return {"median": median, "low": low, "high": high, "calls": len(times)}
 
 
 def describe_case(case: dict[str, Any]) -> str:

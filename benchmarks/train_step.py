@@ -19,7 +19,6 @@ is the most that a process has during its steps, above what its imports took. Wr
 """
 
 import json
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -33,6 +32,8 @@ from pyllm._checks import check_size
 from pyllm._cli import require_writable, run
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from _machine import spread
 
 TOLERANCE = {"float32": 1e-4, "mixed": 1e-2, "bfloat16": 2e-2}
 """How far the two losses may lie apart before the first step, as a share: roundings, which bfloat16
@@ -353,12 +354,6 @@ def read_status(key: str) -> int:
 def forget_peak() -> None:
     """Let ``VmHWM`` begin anew."""
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-
-
-def spread(times: list[float]) -> dict[str, float]:
-    """Median and quartiles, in seconds."""
-    low, median, high = statistics.quantiles(times, n=4, method="inclusive")
-    return {"median": median, "low": low, "high": high, "calls": len(times)}
 
 
 def describe_case(case: dict[str, Any]) -> str:
