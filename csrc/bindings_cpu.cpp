@@ -9,6 +9,7 @@
 #include <cstdint>
 #include <memory>
 #include <mutex>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -55,19 +56,29 @@ struct FromPython<pyllm::DType> {
   static pyllm::DType convert(int code) { return dtype_of(code); }
 };
 
-// `pick` gives the kernel of the active instruction set, at each call.
-template <class Pick, class... Arguments>
-void define(py::module_& module, const char* name, Pick pick, void (*)(Arguments...)) {
+// The instruction set for a kernel whose first argument this is.
+template <class First>
+pyllm::Isa isa_of([[maybe_unused]] First first) {
+  if constexpr (std::is_same_v<First, pyllm::DType>) return pyllm::isa_for(first);
+  return pyllm::active_isa();
+}
+
+// `pick` gives an instruction set's kernel, at each call.
+template <class Pick, class First, class... Rest>
+void define(py::module_& module, const char* name, Pick pick, void (*)(First, Rest...)) {
   module.def(
       name,
-      [pick](typename FromPython<Arguments>::type... arguments) {
-        pick()(FromPython<Arguments>::convert(arguments)...);
+      [pick](typename FromPython<First>::type first, typename FromPython<Rest>::type... rest) {
+        const First converted = FromPython<First>::convert(first);
+        pick(isa_of(converted))(converted, FromPython<Rest>::convert(rest)...);
       },
       py::call_guard<py::gil_scoped_release>());
 }
 
-#define PYLLM_DEFINE(name) \
-  define(module, #name, [] { return PYLLM_PICK(name); }, &::pyllm::baseline::name)
+#define PYLLM_DEFINE(name)                                                 \
+  define(                                                                  \
+      module, #name, [](pyllm::Isa isa) { return PYLLM_PICK(isa, name); }, \
+      &::pyllm::baseline::name)
 
 // A whole model for the decode step. Addresses as everywhere; 0 for what there is not.
 void define_plan(py::module_& module) {
@@ -151,7 +162,7 @@ void define_plan(py::module_& module) {
                                    static_cast<float*>(out(logits)),
                                    n_threads};
             const std::lock_guard<std::mutex> lock(plan.mutex);
-            PYLLM_PICK(decode_step)(plan, step);
+            PYLLM_PICK(pyllm::active_isa(), decode_step)(plan, step);
           },
           py::call_guard<py::gil_scoped_release>());
   py::dict types;
@@ -207,8 +218,9 @@ class Int8Linear {
     if (!view(y, y_view) || !y_view.is_plain(2)) return py::none();
     {
       const py::gil_scoped_release release;
-      PYLLM_PICK(int8_linear)(dtype_of(code), quantize, x_view.data, weight_view.data,
-                              scale_view.data, y_view.data, rows, features, width, n_threads);
+      PYLLM_PICK(pyllm::active_isa(), int8_linear)(dtype_of(code), quantize, x_view.data,
+                                                   weight_view.data, scale_view.data, y_view.data,
+                                                   rows, features, width, n_threads);
     }
     return y;
   }

@@ -5,10 +5,16 @@
 #include <atomic>
 #include <stdexcept>
 
+#if defined(PYLLM_X86_ISAS) && defined(__linux__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace pyllm {
 namespace {
 
-constexpr std::array<const char*, 3> kNames = {"baseline", "avx2", "avx512"};
+constexpr std::array<const char*, 4> kNames = {"baseline", "avx2", "avx512", "amx"};
 
 bool is_built(Isa isa) {
 #ifdef PYLLM_X86_ISAS
@@ -16,6 +22,22 @@ bool is_built(Isa isa) {
   return true;
 #else
   return isa == Isa::baseline;
+#endif
+}
+
+// A process has to ask for the tile registers: saving them takes 8 KiB for each thread that uses
+// them. May be denied: by an old system, or where a thread's signal stack is too small.
+bool may_use_amx() {
+#if defined(PYLLM_X86_ISAS) && defined(__linux__)
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+  if (__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) == 0) return false;
+  constexpr unsigned kBFloat16 = 1u << 22, kTiles = 1u << 24, kInt8 = 1u << 25;
+  constexpr unsigned kAll = kBFloat16 | kTiles | kInt8;
+  if ((edx & kAll) != kAll) return false;
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
 #endif
 }
 
@@ -31,6 +53,10 @@ bool is_supported(Isa isa) {
                       __builtin_cpu_supports("avx512bf16");
   if (isa == Isa::avx2) return avx2;
   if (isa == Isa::avx512) return avx512;
+  if (isa == Isa::amx) {
+    static const bool amx = may_use_amx();
+    return avx512 && amx;
+  }
 #endif
   return true;
 }
@@ -45,6 +71,7 @@ std::vector<std::string> names_where(Predicate keep) {
 }
 
 Isa fastest() {
+  if (is_supported(Isa::amx)) return Isa::amx;
   if (is_supported(Isa::avx512)) return Isa::avx512;
   if (is_supported(Isa::avx2)) return Isa::avx2;
   return Isa::baseline;

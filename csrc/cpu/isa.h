@@ -1,7 +1,8 @@
 // Which instruction sets are built in, and which one runs.
 //
 // Every kernel source is compiled once per instruction set into a namespace of its own
-// (pyllm::baseline, pyllm::avx2, pyllm::avx512; the build defines PYLLM_ISA as that name).
+// (pyllm::baseline, pyllm::avx2, pyllm::avx512; the build defines PYLLM_ISA as that name), and
+// those that gain by it once more for AMX (pyllm::amx), which has AVX-512's kernels for all else.
 // Kernel sources therefore call nothing that the linker could merge between instruction sets: no
 // std containers or algorithms with out-of-line bodies, only their own namespace and parallel.h.
 // Otherwise an AVX-512 copy of an inline function could end up in the baseline path.
@@ -12,7 +13,7 @@
 
 namespace pyllm {
 
-enum class Isa : int { baseline, avx2, avx512 };
+enum class Isa : int { baseline, avx2, avx512, amx };
 
 // Instruction sets compiled into this module, the slowest first.
 std::vector<std::string> built_isas();

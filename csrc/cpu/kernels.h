@@ -23,13 +23,27 @@ namespace avx2 {
 namespace avx512 {
 #include "cpu/signatures.inc"
 }
-// The function of that name in the active instruction set's namespace.
-#define PYLLM_PICK(name)                                                 \
-  (::pyllm::active_isa() == ::pyllm::Isa::avx512 ? ::pyllm::avx512::name \
-   : ::pyllm::active_isa() == ::pyllm::Isa::avx2 ? ::pyllm::avx2::name   \
-                                                 : ::pyllm::baseline::name)
+namespace amx {
+using namespace avx512;  // NOLINT: what follows comes first
+#include "cpu/signatures_tiles.inc"
+}  // namespace amx
+#endif
+
+// The active instruction set for numbers of that type: AMX multiplies bfloat16 only.
+inline Isa isa_for(DType dtype) {
+  const Isa isa = active_isa();
+  return isa == Isa::amx && dtype != DType::bfloat16 ? Isa::avx512 : isa;
+}
+
+// The function of that name in an instruction set's namespace.
+#ifdef PYLLM_X86_ISAS
+#define PYLLM_PICK(isa, name)                              \
+  ((isa) == ::pyllm::Isa::amx      ? ::pyllm::amx::name    \
+   : (isa) == ::pyllm::Isa::avx512 ? ::pyllm::avx512::name \
+   : (isa) == ::pyllm::Isa::avx2   ? ::pyllm::avx2::name   \
+                                   : ::pyllm::baseline::name)
 #else
-#define PYLLM_PICK(name) (::pyllm::baseline::name)
+#define PYLLM_PICK(isa, name) ((void)(isa), ::pyllm::baseline::name)
 #endif
 
 }  // namespace pyllm

@@ -306,7 +306,7 @@ void linear_cross_entropy_forward(DType dtype, const void* x, const void* weight
                                   const void* targets, std::int64_t ignore_index, void* loss,
                                   void* lse, std::int64_t n_rows, std::int64_t width,
                                   std::int64_t n_words, int n_threads) {
-  with_storage(dtype, [=](auto storage) {
+  with_tile_storage(dtype, [=](auto storage) {
     using S = decltype(storage);
     using W = Wide<S>;
     forward(projection<S>(x, weight, targets, ignore_index, n_rows, width, n_words),
@@ -319,7 +319,7 @@ void linear_cross_entropy_backward(DType dtype, const void* x, const void* weigh
                                    const void* dloss, void* dx, void* dweight, std::int64_t n_rows,
                                    std::int64_t width, std::int64_t n_words,
                                    std::int64_t block_bytes, int n_threads) {
-  with_storage(dtype, [=](auto storage) {
+  with_tile_storage(dtype, [=](auto storage) {
     using S = decltype(storage);
     using W = Wide<S>;
     backward(projection<S>(x, weight, targets, ignore_index, n_rows, width, n_words),

@@ -387,7 +387,7 @@ void moe_ffn_forward(DType dtype, bool gated, const void* x, const void* w_in, c
                      const void* offsets, void* pre, void* y, std::int64_t n_tokens,
                      std::int64_t top_k, std::int64_t n_experts, std::int64_t width,
                      std::int64_t hidden, std::int64_t group_bytes, int n_threads) {
-  with_storage(dtype, [=](auto storage) {
+  with_tile_storage(dtype, [=](auto storage) {
     using S = decltype(storage);
     const auto net = network<S>(dtype, x, w_in, w_out, weights, order, position, offsets, n_tokens,
                                 top_k, n_experts, width, hidden);
@@ -402,7 +402,7 @@ void moe_ffn_backward(DType dtype, bool gated, const void* dy, const void* x, co
                       void* dw_out, void* dweights, std::int64_t n_tokens, std::int64_t top_k,
                       std::int64_t n_experts, std::int64_t width, std::int64_t hidden,
                       std::int64_t group_bytes, int n_threads) {
-  with_storage(dtype, [=](auto storage) {
+  with_tile_storage(dtype, [=](auto storage) {
     using S = decltype(storage);
     const auto net = network<S>(dtype, x, w_in, w_out, weights, order, position, offsets, n_tokens,
                                 top_k, n_experts, width, hidden);

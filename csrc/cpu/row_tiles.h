@@ -45,7 +45,8 @@ struct ExpertGroup {
   std::int64_t tile(std::int64_t e) const { return row(e) / kTileRows + (e - begin); }
   template <class Storage>
   std::int64_t step(std::int64_t e) const {
-    return row(e) / kDepth<Unit<Storage>> + (e - begin);
+    constexpr std::int64_t numbers = kStepBlock<Unit<Storage>> * kDepth<Unit<Storage>>;
+    return (row(e) / numbers + (e - begin)) * kStepBlock<Unit<Storage>>;
   }
 
   // Calls fn(expert, tile, its number in the group) for task `number` of tile(end), if there is
@@ -74,7 +75,8 @@ struct GroupSizes {
   std::int64_t tiles() const { return rows / kTileRows + experts; }
   template <class Storage>
   std::int64_t steps() const {
-    return rows / kDepth<Unit<Storage>> + experts;
+    constexpr std::int64_t numbers = kStepBlock<Unit<Storage>> * kDepth<Unit<Storage>>;
+    return (rows / numbers + experts) * kStepBlock<Unit<Storage>>;
   }
 };
 

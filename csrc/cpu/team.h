@@ -11,6 +11,7 @@
 #include <cstdint>
 #include <thread>
 
+#include "cpu/amx.h"
 #include "cpu/parallel.h"
 
 #if defined(__x86_64__) || defined(__i386__)
@@ -39,7 +40,9 @@ class Team {
         [](void* pointer, std::int64_t number) {
           const Context& self = *static_cast<const Context*>(pointer);
           Member member(self.team, number);
+          claim_tiles();
           self.body(member);
+          release_tiles();
         },
         &context);
   }

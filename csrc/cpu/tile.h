@@ -10,12 +10,17 @@
 // What is packed are numbers of the type sums are kept in or, where the processor multiplies them,
 // pairs of bfloat16 that follow one another along the reduction: half as many steps, two products
 // with every instruction. 16-bit numbers are exact in both.
+//
+// AMX multiplies whole squares of pairs, 16 rows by 16 steps. There a step is as before in B, but
+// a strip of A's rows lies square by square, each row of a square in one piece, and a reduction is
+// filled up with zeros to whole squares.
 #pragma once
 
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
 
+#include "cpu/amx.h"
 #include "cpu/count.h"
 #include "cpu/lanes.h"
 #include "cpu/numeric.h"
@@ -52,15 +57,29 @@ constexpr int kDepth = std::is_same_v<U, Pair> ? 2 : 1;
 template <class U>
 using SumOf = std::conditional_t<std::is_same_v<U, Pair>, float, U>;
 
+// Does AMX multiply them? And the steps that every reduction is a multiple of.
+#if defined(__AMX_BF16__)
+template <class U>
+constexpr bool kSquares = std::is_same_v<U, Pair>;
+#else
+template <class U>
+constexpr bool kSquares = false;
+#endif
+template <class U>
+constexpr std::int64_t kStepBlock = kSquares<U> ? 16 : 1;
+
 // Steps of a reduction over so many numbers.
 template <class Storage>
 constexpr std::int64_t steps_of(std::int64_t numbers) {
-  return parts_of(numbers, kDepth<Unit<Storage>>);
+  using U = Unit<Storage>;
+  return parts_of(numbers, kDepth<U> * kStepBlock<U>) * kStepBlock<U>;
 }
 
 // Rows and columns of a tile: 24 sums, 2 vectors of B and an element of A in 32 registers; 12
-// in 16.
-#if defined(__AVX512F__)
+// in 16. With AMX what one of its registers holds.
+#if defined(__AMX_TILE__)
+constexpr int kTileRows = 16;
+#elif defined(__AVX512F__)
 constexpr int kTileRows = 12;
 #elif defined(__AVX2__)
 constexpr int kTileRows = 6;
@@ -125,12 +144,57 @@ template <int rows, int kRowStride, int kVectors, class U>
   }
 }
 
+#if defined(__AMX_BF16__)
+// The sums of all rows of a tile. Squares go to two sets of sums in turn, so that each product need
+// not wait for the one before it.
+[[gnu::noinline]] void square_products(const Pair* a, const Pair* b, std::int64_t steps,
+                                       float* sums) {
+  constexpr int kStep = kTileColumns<float>, kSquare = 16 * kTileRows;
+  constexpr std::int64_t kRowBytes = 64, kStepBytes = kStep * sizeof(Pair);
+  constexpr std::int64_t kPart = 512;
+  for (std::int64_t begin = 0; begin == 0 || begin < steps; begin += kPart) {
+    const std::int64_t end = steps - begin < kPart ? steps : begin + kPart;
+    zero_tile<0>(), zero_tile<1>(), zero_tile<2>(), zero_tile<3>();
+    std::int64_t s = begin;
+    for (; s + 32 <= end; s += 32) {
+      load_tile<4>(a + s * kTileRows, kRowBytes);
+      load_tile<5>(b + s * kStep, kStepBytes);
+      load_tile<6>(b + s * kStep + 16, kStepBytes);
+      multiply_bfloat16<0, 4, 5>();
+      multiply_bfloat16<1, 4, 6>();
+      load_tile<7>(a + s * kTileRows + kSquare, kRowBytes);
+      load_tile<5>(b + (s + 16) * kStep, kStepBytes);
+      load_tile<6>(b + (s + 16) * kStep + 16, kStepBytes);
+      multiply_bfloat16<2, 7, 5>();
+      multiply_bfloat16<3, 7, 6>();
+    }
+    if (s < end) {
+      load_tile<4>(a + s * kTileRows, kRowBytes);
+      load_tile<5>(b + s * kStep, kStepBytes);
+      load_tile<6>(b + s * kStep + 16, kStepBytes);
+      multiply_bfloat16<0, 4, 5>();
+      multiply_bfloat16<1, 4, 6>();
+    }
+    alignas(64) float parts[2][kTileRows * kStep];
+    store_tile<0>(parts[0], kStepBytes), store_tile<1>(parts[0] + 16, kStepBytes);
+    store_tile<2>(parts[1], kStepBytes), store_tile<3>(parts[1] + 16, kStepBytes);
+    for (int i = 0; i < kTileRows * kStep; i += kLanes<float>) {
+      const Vector<float> part = load(parts[0] + i) + load(parts[1] + i);
+      store(begin == 0 ? part : load(sums + i) + part, sums + i);
+    }
+  }
+}
+#endif
+
 // A whole product of packed factors: sums[r][c] over the steps of a[step][r] * b[step][c], for the
 // first `rows` of kTileRows rows. One long sum of floats loses digits, so it is taken in parts:
 // short ones where a tile has few rows and waits for memory anyway.
 template <class U>
 inline void tile_products(int rows, const U* a, const U* b, std::int64_t steps, SumOf<U>* sums) {
   constexpr int columns = kTileColumns<SumOf<U>>;
+#if defined(__AMX_BF16__)
+  if constexpr (kSquares<U>) return square_products(a, b, steps, sums);
+#endif
   const std::int64_t part = rows <= 4 ? 32 : 128;
   with_count<kTileRows>(rows, [=](auto count) {
     for (std::int64_t begin = 0; begin == 0 || begin < steps; begin += part) {
@@ -139,6 +203,18 @@ inline void tile_products(int rows, const U* a, const U* b, std::int64_t steps, 
                                  SumOf<U>(1), sums, columns);
     }
   });
+}
+
+// Calls fn(Storage{}) as with_storage does; among the AMX kernels for what AMX multiplies, as they
+// are called for nothing else (kernels.h).
+template <class Fn>
+inline void with_tile_storage(DType dtype, const Fn& fn) {
+#if defined(__AMX_BF16__)
+  (void)dtype;
+  fn(BFloat16{});
+#else
+  with_storage(dtype, fn);
+#endif
 }
 
 // n numbers as units along them, zeros behind up to n_units units.
@@ -181,7 +257,8 @@ inline void load_square(const Storage* const* lines, int n_lines, std::int64_t f
 }
 
 // Lines along which the reduction runs, `width` of them side by side: to[step * width + i] is line
-// i's unit; zeros for the lines from n on. lines[i] is where line i's `count` numbers begin.
+// i's unit, or as AMX takes a tile's rows; zeros for the lines from n on. lines[i] is where line
+// i's `count` numbers begin.
 template <int width, class Storage>
 [[gnu::noinline]] void pack_lines(const Storage* const* lines, std::int64_t n, std::int64_t count,
                                   Unit<Storage>* to) {
@@ -194,10 +271,14 @@ template <int width, class Storage>
     for (std::int64_t at = 0; at < count; at += lanes * depth) {
       Vector<W> square[lanes];
       load_square(lines + first, here, at, count - at, square);
-      transpose<1>(square);
       Unit<Storage>* const out = to + at / depth * width + first;
+      if constexpr (kSquares<Unit<Storage>> && width == kTileRows) {
+        std::memcpy(out, square, sizeof square);
+        continue;
+      }
+      transpose<1>(square);
       const std::int64_t steps = steps_of<Storage>(count - at);
-      if (steps >= lanes) {
+      if (steps >= lanes) {  // always, with AMX
 #pragma GCC unroll 16
         for (int s = 0; s < lanes; ++s) std::memcpy(out + s * width, &square[s], bytes);
       } else {
@@ -254,14 +335,24 @@ inline void pack_steps(const Row& row, std::int64_t n_rows, std::int64_t padded_
   }
 }
 
-// The same for as many columns as a tile has rows or columns.
+// The same for as many columns as a tile has rows or columns, and a whole reduction.
 template <int columns, class Storage, class Row>
 [[gnu::noinline]] void pack_steps(const Row& row, std::int64_t n_rows, std::int64_t width,
                                   Unit<Storage>* to) {
+  using U = Unit<Storage>;
+  const std::int64_t padded_rows = kSquares<U> ? steps_of<Storage>(n_rows) * kDepth<U> : n_rows;
   if (width == columns) {
-    pack_steps<Storage>(row, n_rows, n_rows, columns, columns, to);
+    pack_steps<Storage>(row, n_rows, padded_rows, columns, columns, to);
   } else {
-    pack_steps<Storage>(row, n_rows, n_rows, width, columns, to);
+    pack_steps<Storage>(row, n_rows, padded_rows, width, columns, to);
+  }
+  if constexpr (kSquares<U> && columns == kTileRows) {  // from steps to rows
+    for (std::int64_t s = 0; s < steps_of<Storage>(n_rows); s += columns, to += columns * columns) {
+      Vector<float> square[columns];
+      for (int r = 0; r < columns; ++r) square[r] = load_units(to + r * columns);
+      transpose<1>(square);
+      std::memcpy(to, square, sizeof square);
+    }
   }
 }
 
