@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <cstring>
 
+#include "cpu/amx.h"
 #include "cpu/count.h"
 #include "cpu/int8_dot.h"
 #include "cpu/kernels.h"
@@ -115,7 +116,9 @@ void in_int8(const Storage* x, const Layer<Storage>& layer, std::int64_t rows, i
                      multiply_tile(layer, workspace, row_bytes, rows, f, n);
                    }
                  } else {
+                   claim_tiles();
                    multiply_features(layer, workspace, row_bytes, rows, begin, end);
+                   release_tiles();
                  }
                });
   delete[] memory;

@@ -4,11 +4,15 @@
 // vector. The copy costs as much as about five tokens.
 //
 // Four bytes are a float, two bfloat16, or four int8 (see int8_dot.h for their form).
+//
+// Of int8, AMX multiplies 16 steps of a panel with 16 tokens at once, whose rows are gathered
+// first.
 #pragma once
 
 #include <cstdint>
 #include <cstring>
 
+#include "cpu/amx.h"
 #include "cpu/count.h"
 #include "cpu/int8_dot.h"
 #include "cpu/numeric.h"
@@ -17,7 +21,13 @@
 namespace pyllm::PYLLM_ISA {
 namespace {  // the linker must not merge the instruction sets' copies
 
-constexpr int kPanelFeatures = 32, kPanelTokens = 12;
+constexpr int kPanelFeatures = 32;
+// The most that are multiplied with a panel at a time.
+#if defined(__AMX_INT8__)
+constexpr int kPanelTokens = 16;
+#else
+constexpr int kPanelTokens = 12;
+#endif
 // From so many tokens on; not without AVX-512, whose 32 registers it needs.
 #if defined(__AVX512VNNI__)
 constexpr std::int64_t kPanelLeast = 16;
@@ -32,11 +42,18 @@ inline std::int64_t panel_bytes(std::int64_t row_bytes) {
 
 #if defined(__AVX512VNNI__)
 
+// vpdpbusd takes the weights with another sign bit, as unsigned (int8_dot.h); AMX as they are.
+#if defined(__AMX_INT8__)
+constexpr char kInt8Flip = 0;
+#else
+constexpr char kInt8Flip = static_cast<char>(0x80);
+#endif
+
 // panel: [four bytes of a row][row], zeros behind the end of the rows.
 template <class Weight>
 inline void fill_panel(const Weight* const* rows, std::int64_t width, char* panel) {
   const std::int64_t row_bytes = width * static_cast<std::int64_t>(sizeof(Weight));
-  const __m512i flip = _mm512_set1_epi8(sizeof(Weight) == 1 ? static_cast<char>(0x80) : 0);
+  const __m512i flip = _mm512_set1_epi8(sizeof(Weight) == 1 ? kInt8Flip : 0);
   for (std::int64_t at = 0; at < row_bytes; at += 64) {
     const std::int64_t left = row_bytes - at;
     const __mmask64 mask = left >= 64 ? ~__mmask64{0} : (__mmask64{1} << left) - 1;
@@ -166,26 +183,119 @@ __attribute__((noinline)) void panel_products(const float* const* x, const Weigh
   }
 }
 
-// As many tokens as one call takes of so many that are left; `kind` says what the weights are.
+// The rows of n tokens, as a panel is multiplied with them.
 template <class Row, class Weight>
-inline int multiply_panel(std::int64_t left, const Row* const* x, const Weight* kind,
-                          const char* panel, std::int64_t width, float (*sums)[kPanelFeatures]) {
-  if (left >= 12) return panel_products<12>(x, kind, panel, width, sums), 12;
-  if (left >= 8) return panel_products<8>(x, kind, panel, width, sums), 8;
-  if (left >= 4) return panel_products<4>(x, kind, panel, width, sums), 4;
-  if (left >= 2) return panel_products<2>(x, kind, panel, width, sums), 2;
-  return panel_products<1>(x, kind, panel, width, sums), 1;
+class PanelRows {
+ public:
+  template <class Rows>
+  PanelRows(const Rows&, std::int64_t, std::int64_t width) : width_(width) {}
+  void free() const {}
+
+  // sums[i] = the products of token t + i; how many tokens that were, of those from t on to n.
+  template <class Rows>
+  int multiply(const Rows& rows, std::int64_t t, std::int64_t n, const char* panel,
+               float (*sums)[kPanelFeatures]) const {
+    const Row* x[kPanelTokens];
+    const std::int64_t left = n - t < kPanelTokens ? n - t : kPanelTokens;
+    for (std::int64_t i = 0; i < left; ++i) x[i] = rows(t + i);
+    const Weight* const kind = nullptr;
+    if (left >= 12) return panel_products<12>(x, kind, panel, width_, sums), 12;
+    if (left >= 8) return panel_products<8>(x, kind, panel, width_, sums), 8;
+    if (left >= 4) return panel_products<4>(x, kind, panel, width_, sums), 4;
+    if (left >= 2) return panel_products<2>(x, kind, panel, width_, sums), 2;
+    return panel_products<1>(x, kind, panel, width_, sums), 1;
+  }
+
+ private:
+  std::int64_t width_;
+};
+
+#if defined(__AMX_INT8__)
+// sums (16, kPanelFeatures): of rows of whole 64 numbers that lie row_bytes apart. Steps go to two
+// sets of sums in turn, so that each product need not wait for the one before it.
+[[gnu::noinline]] void square_products(const char* rows, std::int64_t row_bytes, const char* panel,
+                                       std::int32_t* sums) {
+  constexpr std::int64_t kStep = 4 * kPanelFeatures, kBlock = 16 * kStep;
+  zero_tile<0>(), zero_tile<1>(), zero_tile<2>(), zero_tile<3>();
+  std::int64_t at = 0;
+  for (; at + 128 <= row_bytes; at += 128, panel += 2 * kBlock) {
+    load_tile<4>(rows + at, row_bytes);
+    load_tile<5>(panel, kStep);
+    load_tile<6>(panel + 64, kStep);
+    multiply_int8<0, 4, 5>();
+    multiply_int8<1, 4, 6>();
+    load_tile<7>(rows + at + 64, row_bytes);
+    load_tile<5>(panel + kBlock, kStep);
+    load_tile<6>(panel + kBlock + 64, kStep);
+    multiply_int8<2, 7, 5>();
+    multiply_int8<3, 7, 6>();
+  }
+  if (at < row_bytes) {
+    load_tile<4>(rows + at, row_bytes);
+    load_tile<5>(panel, kStep);
+    load_tile<6>(panel + 64, kStep);
+    multiply_int8<0, 4, 5>();
+    multiply_int8<1, 4, 6>();
+  }
+  constexpr int kSums = kPanelTokens * kPanelFeatures;
+  alignas(64) std::int32_t parts[2][kSums];
+  store_tile<0>(parts[0], kStep), store_tile<1>(parts[0] + 16, kStep);
+  store_tile<2>(parts[1], kStep), store_tile<3>(parts[1] + 16, kStep);
+#pragma omp simd
+  for (int i = 0; i < kSums; ++i) sums[i] = parts[0][i] + parts[1][i];
 }
+
+template <>
+class PanelRows<char, std::int8_t> {
+ public:
+  template <class Rows>
+  PanelRows(const Rows& rows, std::int64_t n, std::int64_t width)
+      : row_bytes_(parts_of(width, kLineBytes) * kLineBytes),
+        memory_(new char[parts_of(n, kPanelTokens) * kPanelTokens * row_bytes_ + kLineBytes]),
+        gathered_(at_line(memory_)) {
+    for (std::int64_t t = 0; t < n; ++t) {
+      std::memcpy(gathered_ + t * row_bytes_, numbers_of(rows(t)), row_bytes_);
+    }
+  }
+  void free() const { delete[] memory_; }
+
+  template <class Rows>
+  int multiply(const Rows& rows, std::int64_t t, std::int64_t n, const char* panel,
+               float (*sums)[kPanelFeatures]) const {
+    const int m = static_cast<int>(n - t < kPanelTokens ? n - t : kPanelTokens);
+    alignas(64) std::int32_t whole[kPanelTokens][kPanelFeatures];
+    square_products(gathered_ + t * row_bytes_, row_bytes_, panel, whole[0]);
+    for (int i = 0; i < m; ++i) {
+      const float scale = header_of(rows(t + i)).scale;
+#pragma omp simd
+      for (int f = 0; f < kPanelFeatures; ++f) {
+        sums[i][f] = scale * static_cast<float>(whole[i][f]);
+      }
+    }
+    return m;
+  }
+
+ private:
+  std::int64_t row_bytes_;
+  char *memory_, *gathered_;
+};
+#endif
 
 #else
 
 template <class Weight>
 inline void fill_panel(const Weight* const*, std::int64_t, char*) {}
 template <class Row, class Weight>
-inline int multiply_panel(std::int64_t left, const Row* const*, const Weight*, const char*,
-                          std::int64_t, float (*)[kPanelFeatures]) {
-  return static_cast<int>(left);
-}
+struct PanelRows {
+  template <class Rows>
+  PanelRows(const Rows&, std::int64_t, std::int64_t) {}
+  void free() const {}
+  template <class Rows>
+  int multiply(const Rows&, std::int64_t t, std::int64_t n, const char*,
+               float (*)[kPanelFeatures]) const {
+    return static_cast<int>(n - t);
+  }
+};
 
 #endif
 

@@ -77,6 +77,7 @@ inline void multiply_rows(std::int64_t n_features, const Weights& weights, std::
   if (kPanelLeast < INT64_MAX && n_tokens >= kPanelLeast) {
     char* const memory = new char[panel_bytes(width * static_cast<std::int64_t>(sizeof(Weight)))];
     char* const panel = at_line(memory);
+    const PanelRows<Row, Weight> panel_rows(rows, n_tokens, width);
     for (std::int64_t f = 0; f < n_features; f += kPanelFeatures) {
       const std::int64_t n = std::min<std::int64_t>(kPanelFeatures, n_features - f);
       const Weight* w[kPanelFeatures];  // the last one again where there are fewer
@@ -87,15 +88,13 @@ inline void multiply_rows(std::int64_t n_features, const Weights& weights, std::
         for (std::int64_t d = 0; d < width; d += kLineBytes / sizeof(Weight)) fetch_soon(next + d);
       }
       for (std::int64_t t = 0; t < n_tokens;) {
-        const std::int64_t left = std::min<std::int64_t>(kPanelTokens, n_tokens - t);
-        const Row* x[kPanelTokens];
-        for (std::int64_t i = 0; i < left; ++i) x[i] = rows(t + i);
         float sums[kPanelTokens][kPanelFeatures];
-        const int m = multiply_panel(left, x, w[0], panel, width, sums);
+        const int m = panel_rows.multiply(rows, t, n_tokens, panel, sums);
         for (int i = 0; i < m; ++i) put(t + i, f, sums[i], n);
         t += m;
       }
     }
+    panel_rows.free();
     delete[] memory;
     return;
   }
