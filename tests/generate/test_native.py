@@ -249,6 +249,14 @@ def test_experts_that_only_a_bias_chose() -> None:
     assert max(map(error, both(model))) < 1e-5
 
 
+@torch.inference_mode()
+def test_of_equal_experts_the_first_are_chosen() -> None:
+    model = make(BASE)
+    for block in model.blocks:
+        block.ffn.router.zero_()
+    assert max(map(error, both(model))) < 1e-5
+
+
 def test_a_session_sees_weights_that_were_moved_since() -> None:
     model = make(BASE)
     config = SamplingConfig(max_new_tokens=12, greedy=True)
