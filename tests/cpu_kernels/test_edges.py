@@ -13,6 +13,7 @@ from pyllm._native import cpu_extension
 if cpu_extension() is None:
     pytest.skip("pyllm._cpu is not built", allow_module_level=True)
 
+from pyllm.cpu_kernels._routing import sort_by_expert
 from pyllm.cpu_kernels.attention import attention_backward, attention_forward
 from pyllm.cpu_kernels.int8_linear import int8_linear_forward
 from pyllm.cpu_kernels.linear_cross_entropy import (
@@ -70,3 +71,11 @@ def test_whole_sums_beyond_what_a_float_holds(isa: str) -> None:
     x, scale = torch.full((2, 2048), 127.0, dtype=torch.float64), torch.ones(5, dtype=torch.float64)
     y = int8_linear_forward(x, weight, scale, True)
     assert torch.equal(y, torch.full((2, 5), 2048.0 * 127 * 127 - 127, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("expert", [2**32 + 1, -(2**32), 3, -1])
+def test_an_expert_out_of_range_is_no_other_one_in_int32(expert: int) -> None:
+    """A compiled door does not look at values, and 2^32 + 1 would be expert 1."""
+    experts = torch.tensor([[0, expert], [1, 2]])
+    with pytest.raises(ValueError, match=f"between 0 and 2, got values from .*{expert}"):
+        sort_by_expert(experts, 3)
