@@ -22,7 +22,10 @@
 namespace py = pybind11;
 
 char* pyllm::Plan::reserve(std::int64_t bytes) {
-  if (static_cast<std::int64_t>(workspace.size()) < bytes) workspace.resize(bytes);
+  if (static_cast<std::int64_t>(workspace.size()) < bytes) {
+    workspace.clear();  // nothing in it is needed, so that nothing is copied
+    workspace.resize(bytes);
+  }
   return workspace.data();
 }
 

@@ -12,7 +12,7 @@ def sort_by_expert(experts_NA: Tensor, n_experts: int) -> tuple[Tensor, Tensor, 
     Raises:
         ValueError: an expert is not in ``[0, n_experts)``.
     """
-    experts_NA = experts_NA.to(torch.int32).contiguous()
+    given_NA, experts_NA = experts_NA, experts_NA.to(torch.int32).contiguous()
     order_R = torch.empty(experts_NA.numel(), dtype=torch.int32)
     position_NA = torch.empty_like(experts_NA)
     offsets_E1 = torch.empty(n_experts + 1, dtype=torch.int32)
@@ -24,8 +24,12 @@ def sort_by_expert(experts_NA: Tensor, n_experts: int) -> tuple[Tensor, Tensor, 
         position_NA.data_ptr(),
         offsets_E1.data_ptr(),
     )
-    if int(offsets_E1[-1]) != experts_NA.numel():
-        low, high = (int(bound) for bound in torch.aminmax(experts_NA))
+    # In int32, 2^32 + 1 would be expert 1.
+    wrapped = experts_NA.dtype != given_NA.dtype and not torch.equal(
+        experts_NA.to(given_NA), given_NA
+    )
+    if wrapped or int(offsets_E1[-1]) != experts_NA.numel():
+        low, high = (int(bound) for bound in torch.aminmax(given_NA))
         raise ValueError(
             f"experts must be between 0 and {n_experts - 1}, got values from {low} to {high}"
         )

@@ -105,13 +105,13 @@ class DecodeStep:
             top_k=model.top_k,
             window=model.window or 0,
             sinks=model.sinks,
-            cos=_address(model.rotary and model.rotary[0]),
-            sin=_address(model.rotary and model.rotary[1]),
-            positions=_address(model.positions),
+            cos=_floats(model.rotary and model.rotary[0]),
+            sin=_floats(model.rotary and model.rotary[1]),
+            positions=_floats(model.positions),
             embedding=self._matrix(model.embedding),
             output=self._matrix(model.output),
-            final_norm=_address(model.final_norm),
-            final_norm_bias=_address(model.final_norm_bias),
+            final_norm=_floats(model.final_norm),
+            final_norm_bias=_floats(model.final_norm_bias),
             layers=[self._layer(layer) for layer in model.layers],
         )
 
@@ -141,7 +141,10 @@ class DecodeStep:
         n_slots = store_L2BSGK.shape[3]
         logits_RV = None
         if n_logits:
-            logits_RV = torch.empty(n_logits, self.model.output.weight.shape[0])
+            # Not whatever dtype and device new tensors have by default.
+            logits_RV = torch.empty(
+                n_logits, self.model.output.weight.shape[0], dtype=torch.float32, device="cpu"
+            )
         self._plan.step(
             ids_BT.data_ptr(),
             starts_B.data_ptr(),
@@ -165,7 +168,7 @@ class DecodeStep:
                 f"{self.model.embedding.weight.dtype}"
             )
         rows = weight.shape[:-1].numel()
-        return extension().Matrix(_address(weight), _address(scale), rows)
+        return extension().Matrix(_address(weight), _floats(scale), rows)
 
     def _networks(self, networks: Feedforward | None) -> Any:
         if networks is None:
@@ -178,7 +181,7 @@ class DecodeStep:
         norms = ("attention_norm", "attention_norm_bias", "ffn_norm", "ffn_norm_bias")
         plain = (*norms, "router", "router_bias")
         return extension().PlanLayer(
-            **{name: _address(getattr(layer, name)) for name in plain},
+            **{name: _floats(getattr(layer, name)) for name in plain},
             qkv=self._matrix(layer.qkv),
             out=self._matrix(layer.out),
             experts=self._networks(layer.experts),
@@ -191,6 +194,15 @@ def _type_of(weight: Tensor) -> str:
         expected = ", ".join(str(known) for known in _TYPES)
         raise ValueError(f"decode_step: weights must be {expected}, got {weight.dtype}")
     return _TYPES[weight.dtype]
+
+
+def _floats(tensor: Tensor | None) -> int:
+    """The address of what is float32 whatever the matrices are kept in."""
+    if tensor is not None and tensor.dtype != torch.float32:
+        raise ValueError(
+            f"decode_step: scales, norms, routers and positions must be float32, got {tensor.dtype}"
+        )
+    return _address(tensor)
 
 
 def _address(tensor: Tensor | None) -> int:

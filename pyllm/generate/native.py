@@ -76,7 +76,7 @@ class NativeModel:
             starts, here = cache.claim(ids.shape[1], counts, before)
             running = [row for row in range(batch) if here[row]]
             ending = [row for row in running if counts[row] <= before + piece]
-            starts_B, here_B = torch.tensor([starts, here], dtype=torch.int32)
+            starts_B, here_B = torch.tensor([starts, here], dtype=torch.int32, device="cpu")
             found = self._step(
                 ids,
                 starts_B,
@@ -211,7 +211,7 @@ def _is_as_configured(model: Transformer) -> bool:
 
 
 def _weights(model: Transformer) -> ModelWeights:
-    config = model.config
+    config, rotary = model.config, model.rotary
     positions: Tensor | None = None
     if isinstance(model.positions, LearnedPositions):
         positions = _float(model.positions.weight)
@@ -223,7 +223,7 @@ def _weights(model: Transformer) -> ModelWeights:
         output=_matrix(model.embedding if model.output is None else model.output),
         final_norm=_norm(model.final_norm)[0],
         final_norm_bias=_norm(model.final_norm)[1],
-        rotary=None if model.rotary is None else (model.rotary.cos, model.rotary.sin),
+        rotary=None if rotary is None else (_float(rotary.cos), _float(rotary.sin)),
         positions=positions,
         layer_norm=config.norm == "layer",
         gated=config.activation == "swiglu",
@@ -241,6 +241,7 @@ def _layer(block: Block) -> LayerWeights:
     ffn = block.ffn
     mixture = ffn if isinstance(ffn, MoE) else None
     mlp: Any = ffn.shared if isinstance(ffn, MoE) else ffn
+    bias = None if mixture is None else mixture.router_bias
     return LayerWeights(
         attention_norm=_norm(block.attention_norm)[0],
         attention_norm_bias=_norm(block.attention_norm)[1],
@@ -249,7 +250,7 @@ def _layer(block: Block) -> LayerWeights:
         ffn_norm=_norm(block.ffn_norm)[0],
         ffn_norm_bias=_norm(block.ffn_norm)[1],
         router=None if mixture is None else _float(mixture.router),
-        router_bias=None if mixture is None else mixture.router_bias,
+        router_bias=None if bias is None else _float(bias),
         experts=None
         if mixture is None
         else Feedforward(_matrix(mixture, "w_in"), _matrix(mixture, "w_out")),
@@ -259,7 +260,7 @@ def _layer(block: Block) -> LayerWeights:
 
 def _matrix(layer: nn.Module, name: str = "weight") -> Weights:
     scale = getattr(layer, name + SCALE, None)
-    return Weights(getattr(layer, name).detach(), scale)
+    return Weights(getattr(layer, name).detach(), None if scale is None else _float(scale))
 
 
 def _one(layer: nn.Module) -> Weights:

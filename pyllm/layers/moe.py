@@ -110,7 +110,8 @@ class MoE(Float32Buffers):
         self.shared = MLP(width, n_shared * hidden, activation) if n_shared else None
         # Float32: the router works in it, and steps of 0.001 are lost in bf16.
         self.router_bias: Tensor | None
-        self.register_buffer("router_bias", torch.zeros(n_experts) if router_bias else None)
+        bias_E = torch.zeros(n_experts, dtype=torch.float32) if router_bias else None
+        self.register_buffer("router_bias", bias_E)
 
     @torch.no_grad()
     def move_bias(self, tokens_per_expert_E: Tensor, rate: float) -> None:

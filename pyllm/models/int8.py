@@ -57,6 +57,7 @@ class Int8Transformer(Transformer):
         # The tables of positions follow from the configuration, and are in no file.
         with torch.device(device):
             self._add_positions()
+        self.float()  # whatever dtype new tensors have by default
         self.requires_grad_(False)
 
     def initialise(self) -> None:

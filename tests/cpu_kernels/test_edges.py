@@ -1,4 +1,9 @@
-"""Sizes at which a kernel once left what C++ defines; `scripts/sanitize.py` sees what is silent."""
+"""Sizes at which a kernel goes another way, or once left what C++ defines.
+
+`scripts/sanitize.py` sees what is silent.
+"""
+
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -8,7 +13,13 @@ from pyllm._native import cpu_extension
 if cpu_extension() is None:
     pytest.skip("pyllm._cpu is not built", allow_module_level=True)
 
+from pyllm.cpu_kernels._routing import sort_by_expert
 from pyllm.cpu_kernels.attention import attention_backward, attention_forward
+from pyllm.cpu_kernels.int8_linear import int8_linear_forward
+from pyllm.cpu_kernels.linear_cross_entropy import (
+    linear_cross_entropy_backward,
+    linear_cross_entropy_forward,
+)
 from pyllm.cpu_kernels.moe_dispatch import moe_dispatch_forward
 
 
@@ -31,3 +42,40 @@ def test_rows_of_no_width() -> None:
     )
     assert rows.shape == (3, 0)
     assert (order.tolist(), offsets.tolist()) == ([1, 0, 2], [0, 1, 3])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_large_vocabulary_gives_the_same_bits_on_any_number_of_threads(
+    dtype: torch.dtype, set_threads: Callable[[int], None]
+) -> None:
+    """Thousands of words are summed in ranges of several panels."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(13, 7, generator=generator).to(dtype)
+    weight = torch.randn(7000, 7, generator=generator).to(dtype)
+    targets = torch.randint(7000, (13,), generator=generator)
+    results = []
+    for threads in (1, 2, 3, 5):
+        set_threads(threads)
+        loss, lse = linear_cross_entropy_forward(x, weight, targets, -100)
+        results.append(
+            (loss, lse, *linear_cross_entropy_backward(loss, x, weight, targets, lse, -100))
+        )
+    first, *others = results
+    assert all(torch.equal(a, b) for other in others for a, b in zip(first, other, strict=True))
+
+
+def test_whole_sums_beyond_what_a_float_holds(isa: str) -> None:
+    """In float64 they stay exact: 2,048 * 127 * 127 - 127 is odd, and beyond 2^24."""
+    weight = torch.full((5, 2048), 127, dtype=torch.int8)
+    weight[:, 3] = 126
+    x, scale = torch.full((2, 2048), 127.0, dtype=torch.float64), torch.ones(5, dtype=torch.float64)
+    y = int8_linear_forward(x, weight, scale, True)
+    assert torch.equal(y, torch.full((2, 5), 2048.0 * 127 * 127 - 127, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("expert", [2**32 + 1, -(2**32), 3, -1])
+def test_an_expert_out_of_range_is_no_other_one_in_int32(expert: int) -> None:
+    """A compiled door does not look at values, and 2^32 + 1 would be expert 1."""
+    experts = torch.tensor([[0, expert], [1, 2]])
+    with pytest.raises(ValueError, match=f"between 0 and 2, got values from .*{expert}"):
+        sort_by_expert(experts, 3)

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from pyllm._native import cpu_extension
+from pyllm.reference import decode_attention as reference
 from pyllm.testing import OPERATIONS, check_face
 from pyllm.testing.cases._cache import slot_of
 
@@ -49,6 +50,31 @@ def test_same_bits_on_any_number_of_threads(
         results.append(decode_attention_forward(q, k, v, starts, counts, 0.2, 0, 0, False))
     assert all(torch.equal(results[0], other) for other in results[1:])
     assert results[0].std() > 0.01
+
+
+@pytest.mark.parametrize("shared", [5, 6, 7, 9])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_query_heads_that_vectors_do_not_divide(isa: str, shared: int, dtype: torch.dtype) -> None:
+    """Those taken together may read different kv heads: 7 for one is Qwen 2.5's."""
+    generator = torch.Generator().manual_seed(0)
+    q = torch.randn(1, 2, 3 * shared, 40, generator=generator).to(dtype)
+    k, v = torch.randn(2, 1, 70, 3, 40, generator=generator).to(dtype)
+    rest = (torch.tensor([66]), torch.tensor([2]), 0.2, 0, 0, False)
+    truth = reference.decode_attention_forward(q.double(), k.double(), v.double(), *rest)
+    y = decode_attention_forward(q, k, v, *rest)
+    summed = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32)
+    assert (y - truth).abs().max() < torch.finfo(dtype).eps + 30 * summed.eps
+
+
+@pytest.mark.parametrize("last", [0, 1, 2, 5])
+def test_the_largest_score_may_be_in_any_chunk(isa: str, last: int) -> None:
+    """Far above the others: shifted by less, its exponential is infinite."""
+    q = torch.full((1, 1, 1, 8), 10.0)
+    k, v = torch.zeros(2, 1, 6 * 16384, 1, 8)  # chunks of 16,384 keys
+    k[0, last * 16384 + 5] = 4.0
+    v[0, last * 16384 + 5] = 3.0
+    rest = (torch.tensor([6 * 16384 - 1]), torch.tensor([1]), 1.0, 0, 0, False)
+    assert torch.equal(decode_attention_forward(q, k, v, *rest), torch.full((1, 1, 1, 8), 3.0))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

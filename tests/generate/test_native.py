@@ -249,6 +249,14 @@ def test_experts_that_only_a_bias_chose() -> None:
     assert max(map(error, both(model))) < 1e-5
 
 
+@torch.inference_mode()
+def test_of_equal_experts_the_first_are_chosen() -> None:
+    model = make(BASE)
+    for block in model.blocks:
+        block.ffn.router.zero_()
+    assert max(map(error, both(model))) < 1e-5
+
+
 def test_a_session_sees_weights_that_were_moved_since() -> None:
     model = make(BASE)
     config = SamplingConfig(max_new_tokens=12, greedy=True)
@@ -271,6 +279,31 @@ def test_a_session_can_be_copied() -> None:
     other = copy.deepcopy(session)
     rest = [one.step()[0][1] for one in (session, other, session, other)]
     assert rest[:2] == [rest[0]] * 2 and rest[2:] == [rest[2]] * 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+@torch.inference_mode()
+def test_other_defaults_of_pytorch(dtype: torch.dtype) -> None:
+    """The kernel writes and reads float32, whatever dtype and device new tensors have."""
+    config, ids = replace(FAMILY["shared"], position="learned"), torch.tensor([[1, 2, 3]])
+    model = make(config)
+    int8 = quantize_model(model)
+    expected = [native(one).next_logits(ids, one.new_cache(1)) for one in (model, int8)]
+    torch.set_default_dtype(dtype)
+    try:
+        # Made under it, too; with the numbers of the float32 ones where they are not derived.
+        other, other_int8 = make(config).float(), quantize_model(model)
+        other.load_state_dict(model.state_dict())
+        for one, wanted in zip(
+            (model, int8, other, other_int8), [*expected, *expected], strict=True
+        ):
+            cache = one.new_cache(1)
+            with torch.device("meta"):
+                found = native(one).next_logits(ids, cache)
+            assert found.dtype == torch.float32
+            assert torch.equal(found, wanted)
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 @pytest.mark.parametrize(
