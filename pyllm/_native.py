@@ -57,8 +57,8 @@ def warn_if_missing() -> None:
 def cpu_extension() -> ModuleType | None:
     """The module ``pyllm._cpu``, or None (with one warning) where it does not exist.
 
-    ``PYLLM_ISA`` (``baseline``, ``avx2`` or ``avx512``) forces an instruction set; it is read
-    here, once.
+    ``PYLLM_ISA`` (``baseline``, ``avx2``, ``avx512`` or ``amx``) forces an instruction set; it is
+    read here, once.
 
     Raises:
         ValueError: ``PYLLM_ISA`` names an instruction set that is unknown, or not built or not

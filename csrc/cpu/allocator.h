@@ -61,6 +61,8 @@ class Workspace {
   }
   Workspace(const Workspace&) = delete;
   ~Workspace() { give_workspace(memory_); }
+  // Was there no memory? Then the arrays are not to be used.
+  bool failed() const { return memory_ == nullptr; }
   const Arrays* operator->() const { return &arrays_; }
 
  private:

@@ -115,6 +115,7 @@ void forward(const Projection<Storage>& p, Wide<Storage>* loss, Wide<Storage>* l
     arrays.at_target = allocator.take<W>(p.n_rows);
     return arrays;
   });
+  if (scratch.failed()) return;
   team.run(n_threads, [&](Team::Member& member) {
     Unit<Storage>* panel = scratch->panels + member.number * steps * columns;
     member.for_each(n_tiles, [&](std::int64_t t) { p.pack_rows(t, scratch->x_packed); });
@@ -206,6 +207,7 @@ void backward(const Projection<Storage>& p, const Wide<Storage>* lse, const Wide
     arrays.dx = allocator.take<W>(p.n_rows * p.width);
     return arrays;
   });
+  if (scratch.failed()) return;
   team.run(n_threads, [&](Team::Member& member) {
     U* own = scratch->panels + member.number * panel;
     const auto columns_at = [&](std::int64_t width_panel) {

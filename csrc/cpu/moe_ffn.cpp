@@ -166,6 +166,7 @@ void forward(const Network<Storage>& net, Storage* pre, Storage* y, std::int64_t
     arrays.y_rows = allocator.take<Storage>(n_rows * width);
     return arrays;
   });
+  if (scratch.failed()) return;
   team.run(n_threads, [&](Team::Member& member) {
     U* own = scratch->panels + member.number * panel;
     for (std::int64_t next = 0; next < net.n_experts;) {
@@ -287,6 +288,7 @@ void backward(const Network<Storage>& net, const Storage* dy, const Storage* pre
     arrays.dots = allocator.take<W>(sizes.rows * hidden_panels);
     return arrays;
   });
+  if (scratch.failed()) return;
   team.run(n_threads, [&](Team::Member& member) {
     U* own = scratch->panels + member.number * panel;
     for (std::int64_t next = 0; next < net.n_experts;) {

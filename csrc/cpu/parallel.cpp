@@ -15,11 +15,11 @@ namespace pyllm {
 #ifdef PYLLM_THREAD_SANITIZER
 
 // ThreadSanitizer sees what std::thread orders, but not the barriers of an OpenMP library that was
-// compiled without it. Two threads more than asked for, because nearly all tests ask for one; the
-// blocks are dealt out in turn, because a counter would leave a small loop to the first thread.
+// compiled without it. The blocks are dealt out in turn, because a counter would leave a small loop
+// to the first thread.
 void parallel_blocks(std::int64_t n_blocks, int n_threads, void (*body)(void*, std::int64_t),
                      void* context) noexcept {
-  const std::int64_t step = std::min<std::int64_t>(n_threads + 2, n_blocks);
+  const std::int64_t step = std::min<std::int64_t>(n_threads, n_blocks);
   const auto share = [=](std::int64_t first) {
     for (std::int64_t block = first; block < n_blocks; block += step) body(context, block);
   };

@@ -1,7 +1,6 @@
 #include "cpu/workspace.h"
 
 #include <atomic>
-#include <cstdio>
 #include <cstdlib>
 
 #if defined(__linux__)
@@ -19,6 +18,7 @@ struct Header {
 };
 
 std::atomic<Header*> kept{nullptr};
+thread_local bool refused = false;
 
 std::uintptr_t round_up(std::uintptr_t n, std::int64_t unit) {
   return (n + unit - 1) / unit * unit;
@@ -37,9 +37,8 @@ void* take_workspace(std::int64_t bytes) noexcept {
     const std::int64_t whole = static_cast<std::int64_t>(round_up(bytes + kPage, unit));
     block = static_cast<Header*>(std::aligned_alloc(unit, whole));
     if (block == nullptr) {
-      std::fprintf(stderr, "pyllm: no memory for %lld bytes of scratch\n",
-                   static_cast<long long>(whole));
-      std::abort();
+      refused = true;
+      return nullptr;
     }
     prefer_large_pages(block, whole);
     block->bytes = whole - kPage;
@@ -47,7 +46,14 @@ void* take_workspace(std::int64_t bytes) noexcept {
   return reinterpret_cast<char*>(block) + kPage;
 }
 
+bool was_out_of_memory() noexcept {
+  const bool was = refused;
+  refused = false;
+  return was;
+}
+
 void give_workspace(void* memory) noexcept {
+  if (memory == nullptr) return;
   auto* block = reinterpret_cast<Header*>(static_cast<char*>(memory) - kPage);
   std::free(kept.exchange(block, std::memory_order_acq_rel));
 }

@@ -9,10 +9,14 @@
 
 namespace pyllm {
 
-// At least so many bytes from a page's beginning on; ends the process where there is no memory.
+// At least so many bytes from a page's beginning on; null where there is no memory.
 void* take_workspace(std::int64_t bytes) noexcept;
 
-// Keeps it for the next call, or frees it where another one came back meanwhile.
+// Was this thread refused memory since it asked this last? A kernel that was returns at once, and
+// whoever called it throws: among the kernels nothing may unwind (isa.h).
+bool was_out_of_memory() noexcept;
+
+// Keeps it for the next call, or frees it where another one came back meanwhile. Null: nothing.
 void give_workspace(void* memory) noexcept;
 
 // Asks for pages of 2 MiB for a tensor that is larger than a few of these and about to be written.

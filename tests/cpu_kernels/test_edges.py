@@ -3,6 +3,9 @@
 `scripts/sanitize.py` sees what is silent.
 """
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 
 import pytest
@@ -79,3 +82,45 @@ def test_an_expert_out_of_range_is_no_other_one_in_int32(expert: int) -> None:
     experts = torch.tensor([[0, expert], [1, 2]])
     with pytest.raises(ValueError, match=f"between 0 and 2, got values from .*{expert}"):
         sort_by_expert(experts, 3)
+
+
+OUT_OF_MEMORY = """
+import resource
+import torch
+from pyllm import ops
+torch.set_num_threads(1)
+x, weights = torch.zeros(20000, 256), torch.ones(20000, 4)
+experts = torch.arange(80000).remainder(4).view(20000, 4)
+w_in, w_out = torch.zeros(4, 32, 256), torch.zeros(4, 256, 32)
+vocabulary, targets = torch.zeros(8, 256), torch.zeros(20000, dtype=torch.int64)
+works = {
+    "moe_ffn": lambda: ops.moe_ffn(x, w_in, w_out, weights, experts, gated=False),
+    "linear_cross_entropy": lambda: ops.linear_cross_entropy(x, vocabulary, targets),
+}
+with open("/proc/self/statm") as file:
+    now = int(file.read().split()[0]) * resource.getpagesize()
+hard = resource.getrlimit(resource.RLIMIT_AS)[1]
+resource.setrlimit(resource.RLIMIT_AS, (now + (16 << 20), hard))
+for name, work in works.items():
+    try:
+        work()
+        print(name, "worked")
+    except MemoryError:
+        print(name, "MemoryError")
+resource.setrlimit(resource.RLIMIT_AS, (hard, hard))
+for name, work in works.items():
+    print(name, work().isfinite().all().item())
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs a limit on memory as Linux has it")
+def test_memory_that_runs_out_is_a_memory_error() -> None:
+    """It ended the process; afterwards everything works as before."""
+    if "LD_PRELOAD" in os.environ:
+        pytest.skip("a sanitizer has reserved more addresses than there may be")
+    result = subprocess.run(
+        [sys.executable, "-c", OUT_OF_MEMORY], capture_output=True, text=True, timeout=120
+    )
+    expected = ["moe_ffn MemoryError", "linear_cross_entropy MemoryError"]
+    expected += ["moe_ffn True", "linear_cross_entropy True"]
+    assert result.stdout.splitlines() == expected, result.stderr
