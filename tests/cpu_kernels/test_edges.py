@@ -92,15 +92,16 @@ torch.set_num_threads(1)
 x, weights = torch.zeros(20000, 256), torch.ones(20000, 4)
 experts = torch.arange(80000).remainder(4).view(20000, 4)
 w_in, w_out = torch.zeros(4, 32, 256), torch.zeros(4, 256, 32)
-vocabulary, targets = torch.zeros(8, 256), torch.zeros(20000, dtype=torch.int64)
+rows, vocabulary = torch.zeros(200000, 256), torch.zeros(8, 256)
+targets = torch.zeros(200000, dtype=torch.int64)
 works = {
-    "moe_ffn": lambda: ops.moe_ffn(x, w_in, w_out, weights, experts, gated=False),
-    "linear_cross_entropy": lambda: ops.linear_cross_entropy(x, vocabulary, targets),
+    "moe_ffn": lambda: ops.moe_ffn(x, w_in, w_out, weights, experts, "gelu"),
+    "linear_cross_entropy": lambda: ops.linear_cross_entropy(rows, vocabulary, targets),
 }
 with open("/proc/self/statm") as file:
     now = int(file.read().split()[0]) * resource.getpagesize()
 hard = resource.getrlimit(resource.RLIMIT_AS)[1]
-resource.setrlimit(resource.RLIMIT_AS, (now + (16 << 20), hard))
+resource.setrlimit(resource.RLIMIT_AS, (now + (64 << 20), hard))
 for name, work in works.items():
     try:
         work()
