@@ -44,7 +44,7 @@ def widened(cache_BSGK: Tensor, scales_BSG: Tensor | None, wide: torch.dtype) ->
     if scales_BSG is None:
         return cache_BSGK.to(wide)
     scales_BSG = scales_BSG.to(wide).where(scales_BSG.isfinite(), float("nan"))
-    return cache_BSGK.to(wide) * scales_BSG.unsqueeze(-1)
+    return scales_BSG.unsqueeze(-1) * cache_BSGK
 
 
 def decode_attention_forward(

@@ -67,11 +67,12 @@ def kv_append_forward(
         kept_BT &= (position_BT < sinks) | (position_BT >= oldest_B1)
     row_N, token_N = kept_BT.nonzero(as_tuple=True)
     slot_N = slots_of(position_BT, n_slots, sinks, rolling)[row_N, token_N]
-    for cache_BSGK, scales_BSG, x_BTGK in (
-        (k_cache_BSGK, k_scales_BSG, k_BTGK),
-        (v_cache_BSGK, v_scales_BSG, v_BTGK),
-    ):
-        x_NGK = x_BTGK[row_N, token_N]
+
+    def write(cache_BSGK: Tensor, scales_BSG: Tensor | None, x_NGK: Tensor) -> None:
         if scales_BSG is not None:
-            x_NGK, scales_BSG[row_N, slot_N] = quantize_heads(x_NGK)
+            x_NGK, scale_NG = quantize_heads(x_NGK)
+            scales_BSG[row_N, slot_N] = scale_NG.to(scales_BSG.dtype)
         cache_BSGK[row_N, slot_N] = x_NGK
+
+    write(k_cache_BSGK, k_scales_BSG, k_BTGK[row_N, token_N])
+    write(v_cache_BSGK, v_scales_BSG, v_BTGK[row_N, token_N])

@@ -11,7 +11,7 @@ from torch import Tensor
 from pyllm.ops import attention, available_faces, decode_attention, kv_append
 from pyllm.ops._registry import face_module
 from pyllm.testing.cases.decode_attention import DECODE_ATTENTION
-from pyllm.testing.suite import InferenceSuite
+from pyllm.testing.suite import InferenceSuite, TinyInferenceSuite
 
 FACES = available_faces("decode_attention")
 
@@ -22,21 +22,12 @@ class TestDecodeAttention(InferenceSuite):
     find_face = staticmethod(face_module)
 
 
-class TestDecodeAttentionInt8(InferenceSuite):
-    """What is done at the tiny size, once more with an int8 cache."""
+class TestDecodeAttentionInt8(TinyInferenceSuite):
+    """Registration, compilation and the like with an int8 cache."""
 
-    operation = replace(
-        DECODE_ATTENTION,
-        tiny={**DECODE_ATTENTION.tiny, "int8": True},
-        axes={"int8": ()},
-        extra=(),
-        smoke=({**DECODE_ATTENTION.tiny, "int8": True},),
-        bench={},
-        mutants=(),
-    )
+    operation = replace(DECODE_ATTENTION, tiny={**DECODE_ATTENTION.tiny, "int8": True})
     door = staticmethod(decode_attention)
     find_face = staticmethod(face_module)
-    test_source_mutants = None
 
 
 def _at(*starts_and_counts: tuple[int, int]) -> tuple[Tensor, Tensor]:

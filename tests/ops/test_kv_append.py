@@ -10,7 +10,7 @@ from torch import Tensor
 from pyllm.ops import available_faces, kv_append
 from pyllm.ops._registry import face_module
 from pyllm.testing.cases.kv_append import KV_APPEND
-from pyllm.testing.suite import InferenceSuite
+from pyllm.testing.suite import InferenceSuite, TinyInferenceSuite
 
 FACES = available_faces("kv_append")
 
@@ -21,21 +21,12 @@ class TestKvAppend(InferenceSuite):
     find_face = staticmethod(face_module)
 
 
-class TestKvAppendInt8(InferenceSuite):
-    """What is done at the tiny size, once more with an int8 cache."""
+class TestKvAppendInt8(TinyInferenceSuite):
+    """Registration, compilation and the like with an int8 cache."""
 
-    operation = replace(
-        KV_APPEND,
-        tiny={**KV_APPEND.tiny, "int8": True},
-        axes={"int8": ()},
-        extra=(),
-        smoke=({**KV_APPEND.tiny, "int8": True},),
-        bench={},
-        mutants=(),
-    )
+    operation = replace(KV_APPEND, tiny={**KV_APPEND.tiny, "int8": True})
     door = staticmethod(kv_append)
     find_face = staticmethod(face_module)
-    test_source_mutants = None
 
 
 def _numbered(start: int, count: int) -> Tensor:
@@ -255,7 +246,7 @@ SCALES = torch.zeros(2, 5, 2)
 BAD_INT8 = [
     ({"k_scales": None}, "an int8 cache needs k_scales, got None"),
     ({"v_scales": None}, "an int8 cache needs v_scales, got None"),
-    ({"k_cache": CACHE, "v_cache": CACHE + 1}, "k_scales are for an int8 cache, got .* float32"),
+    ({"k_cache": CACHE, "v_cache": CACHE + 1}, "k_scales are for an int8 cache, got .* torch.float32"),
     (
         {"k_cache": CACHE, "v_cache": CACHE + 1, "k_scales": None},
         "v_scales are for an int8 cache, got .* torch.float32",

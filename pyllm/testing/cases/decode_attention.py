@@ -291,6 +291,10 @@ DECODE_ATTENTION = Operation(
     degenerate=lambda s: frozenset({"y"} if 0 in (s["B"], s["T"]) else ()),
     mutants=MUTANTS,
     equivalents={
+        "a case has no infinite scale, which makes all NaN; tests/ops/test_decode_attention.py has": (
+            "widened: scales_BSG.to(wide).where(scales_BSG.isfinite(), float('nan')) -> "
+            "scales_BSG.to(wide)",
+        ),
         "a weight of zero times any number": ("decode_attention_forward: 0 -> 1 (2)",),
         "zero over any number is zero": ("decode_attention_forward: 1.0 -> 2.0",),
     },

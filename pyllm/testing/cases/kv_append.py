@@ -237,6 +237,9 @@ KV_APPEND = Operation(
     ),
     mutants=MUTANTS,
     equivalents={
+        "scales are float32; only the truth of the tests has them in float64": (
+            "kv_append_forward: scale_NG.to(scales_BSG.dtype) -> scale_NG",
+        ),
         "slot `sinks` is the first of the ring": (
             "slots_of: position < sinks -> position <= sinks",
         ),
