@@ -113,9 +113,7 @@ def main(config: Config) -> None:
     from pyllm.generate import LanguageModel
     from pyllm.generate.terminal import Chat, Story, Turns, Writer, interact
 
-    model = LanguageModel.load(
-        config.model, config.device, config.dtype, config.kv_cache_dtype
-    )
+    model = LanguageModel.load(config.model, config.device, config.dtype, config.kv_cache_dtype)
     n_layers = model.config.n_moe_layers
     if config.show_experts and not -n_layers <= config.expert_layer < n_layers:
         raise ValueError(

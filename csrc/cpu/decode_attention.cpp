@@ -76,9 +76,9 @@ void decode_attention(DType dtype, const void* q, const void* k_cache, std::int6
                       std::int64_t k_slot_stride, std::int64_t k_head_stride, const void* v_cache,
                       std::int64_t v_batch_stride, std::int64_t v_slot_stride,
                       std::int64_t v_head_stride, const void* k_scales, const void* v_scales,
-                      std::int64_t slots, const void* starts, const void* counts,
-                      double scale, std::int64_t window, std::int64_t sinks, std::int64_t ring,
-                      void* y, std::int64_t batch, std::int64_t tokens, std::int64_t groups,
+                      std::int64_t slots, const void* starts, const void* counts, double scale,
+                      std::int64_t window, std::int64_t sinks, std::int64_t ring, void* y,
+                      std::int64_t batch, std::int64_t tokens, std::int64_t groups,
                       std::int64_t shared, std::int64_t width, std::int64_t chunk,
                       std::int64_t n_chunks, int n_threads) {
   const auto run = [=](auto stored, auto query) {

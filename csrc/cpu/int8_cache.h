@@ -1,4 +1,4 @@
-// The numbers of an int8 kv cache in vectors. Each position and kv head has a scale, in float, which
+// The numbers of an int8 kv cache in vectors. Each position and kv head has a scale, in float, that
 // is no matter here: a key's goes into its score, a value's into its weight.
 #pragma once
 

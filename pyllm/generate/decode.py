@@ -77,9 +77,7 @@ def new_session(
     """A session with as much room as these prompts and their continuations can take, up to the
     model's context; ``begin_ids`` and ``kv_cache_dtype`` as :class:`Session` has them."""
     longest = max(map(len, prompts)) + config.max_new_tokens
-    return Session(
-        model, len(prompts), longest, tokenizer.vocab_size, begin_ids, kv_cache_dtype
-    )
+    return Session(model, len(prompts), longest, tokenizer.vocab_size, begin_ids, kv_cache_dtype)
 
 
 def stream_texts(

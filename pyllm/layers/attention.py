@@ -125,6 +125,7 @@ class CausalSelfAttention(nn.Module):
             else:
                 k_BSGK, v_BSGK = (x[:, : cache.length + n_tokens] for x in cache.slots(layer))
             return attention(q_BTHK, k_BSGK, v_BSGK, window=self.window, sinks=self.sinks)
+        k_scales_BSG, v_scales_BSG = cache.scales_of(layer)
         pieces = []
         for before in range(0, max(n_tokens, 1), PIECE):
             new = slice(before, before + PIECE)
@@ -137,7 +138,8 @@ class CausalSelfAttention(nn.Module):
                     window=self.window,
                     sinks=self.sinks,
                     rolling=cache.rolling,
-                    **cache.scales_of(layer),
+                    k_scales=k_scales_BSG,
+                    v_scales=v_scales_BSG,
                 )
             )
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)

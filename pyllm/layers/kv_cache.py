@@ -147,13 +147,13 @@ class KVCache:
         k_cache_BSGK, v_cache_BSGK = self._store_L2BSGK[layer]
         return k_cache_BSGK, v_cache_BSGK
 
-    def scales_of(self, layer: int) -> dict[str, Tensor]:
-        """``k_scales`` and ``v_scales`` of a layer, (B, S, G), as :func:`pyllm.ops.kv_append` has
-        them; nothing where the cache is not int8."""
+    def scales_of(self, layer: int) -> tuple[Tensor | None, Tensor | None]:
+        """Those of a layer's keys and values, (B, S, G), as :func:`pyllm.ops.kv_append` has them;
+        None where the cache is not int8."""
         if self._scales_L2BSG is None:
-            return {}
+            return None, None
         k_scales_BSG, v_scales_BSG = self._scales_L2BSG[layer]
-        return {"k_scales": k_scales_BSG, "v_scales": v_scales_BSG}
+        return k_scales_BSG, v_scales_BSG
 
     def as_held(self, x_BTGK: Tensor) -> Tensor:
         """New keys or values as an int8 cache will give them back, in their own dtype."""
@@ -199,10 +199,9 @@ class KVCache:
             raise ValueError(
                 f"kv cache: only sequences of one length look back together, got {self._lengths}"
             )
-        scales = tuple(self.scales_of(layer).values()) or (None, None)
         k_BPGK, v_BPGK = (
             self._seen(cache_BSGK, scales_BSG, dtype)
-            for cache_BSGK, scales_BSG in zip(held, scales, strict=True)
+            for cache_BSGK, scales_BSG in zip(held, self.scales_of(layer), strict=True)
         )
         return k_BPGK, v_BPGK
 
@@ -275,8 +274,8 @@ class KVCache:
         starts, here = self._claim([layer], k_BTGK.shape[1], counts, before)
         dtype, device = k_cache_BSGK.dtype, k_cache_BSGK.device
         starts_B, counts_B = torch.tensor([starts, here], dtype=torch.int32).to(device)
-        scales = self.scales_of(layer)
-        if not scales:
+        k_scales_BSG, v_scales_BSG = self.scales_of(layer)
+        if k_scales_BSG is None:
             k_BTGK, v_BTGK = k_BTGK.to(dtype), v_BTGK.to(dtype)
         kv_append(
             k_cache_BSGK,
@@ -287,7 +286,8 @@ class KVCache:
             counts_B,
             sinks=self.sinks,
             rolling=self.rolling,
-            **scales,
+            k_scales=k_scales_BSG,
+            v_scales=v_scales_BSG,
         )
         return starts_B, counts_B
 

@@ -270,7 +270,9 @@ def test_loading_with_an_int8_cache(folder: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(Transformer, "new_cache", spied)
     for dtype in ("auto", "bfloat16", "int8"):
         loaded = pyllm.load(folder, device="cpu", dtype=dtype, kv_cache_dtype="int8")
-        assert loaded.kv_cache_dtype == "int8" and loaded.generate("a", max_new_tokens=3) is not None
+        assert (
+            loaded.kv_cache_dtype == "int8" and loaded.generate("a", max_new_tokens=3) is not None
+        )
         loaded.new_session()
     assert made == [torch.int8] * 6
     with pytest.raises(ValueError, match="kv_cache_dtype must be auto or int8, got 'int4'"):

@@ -260,10 +260,13 @@ def test_only_sequences_of_one_length_look_back_together():
 def test_an_int8_cache_holds_integers_and_scales(steps: list[int]):
     """In about half of bfloat16's memory; a position comes back within half a step of its scale."""
     sizes = {"window": 5, "sinks": 3, "rolling": True, "dtype": torch.int8}
-    cache, exact = KVCache(2, 1, 1000, 2, 64, **sizes), KVCache(2, 1, 1000, 2, 64, window=5, sinks=3)
+    cache, exact = (
+        KVCache(2, 1, 1000, 2, 64, **sizes),
+        KVCache(2, 1, 1000, 2, 64, window=5, sinks=3),
+    )
     slots = 3 + 5 + PIECE - 1
     assert cache.nbytes == 2 * 2 * slots * 2 * (64 + 4) < 0.54 * 2 * 2 * slots * 2 * 128
-    assert exact.scales is None and exact.scales_of(0) == {}
+    assert exact.scales is None and exact.scales_of(0) == (None, None)
     for count in steps:
         k, v = torch.randn(2, 1, count, 2, 64) * torch.logspace(-2, 2, count)[:, None, None]
         for one in (cache, exact):

@@ -246,7 +246,10 @@ SCALES = torch.zeros(2, 5, 2)
 BAD_INT8 = [
     ({"k_scales": None}, "an int8 cache needs k_scales, got None"),
     ({"v_scales": None}, "an int8 cache needs v_scales, got None"),
-    ({"k_cache": CACHE, "v_cache": CACHE + 1}, "k_scales are for an int8 cache, got .* torch.float32"),
+    (
+        {"k_cache": CACHE, "v_cache": CACHE + 1},
+        "k_scales are for an int8 cache, got .* torch.float32",
+    ),
     (
         {"k_cache": CACHE, "v_cache": CACHE + 1, "k_scales": None},
         "v_scales are for an int8 cache, got .* torch.float32",
@@ -266,7 +269,10 @@ BAD_INT8 = [
     ({"k_scales": SCALES, "v_scales": SCALES}, "k_scales is written to .* got v_scales in the"),
     ({"k_scales": SCALES.clone().requires_grad_()}, "got k_scales that require one"),
     ({"k": torch.zeros(2, 3, 2, 4).half()}, "one dtype was expected .* k torch.float16, v torch.f"),
-    ({"k": torch.zeros(2, 3, 2, 4, dtype=torch.int8)}, "k must be floating point .* got torch.int8"),
+    (
+        {"k": torch.zeros(2, 3, 2, 4, dtype=torch.int8)},
+        "k must be floating point .* got torch.int8",
+    ),
 ]
 
 

@@ -99,7 +99,6 @@ VALUES = [
         "'adam' for argument '--train.optimizer'. Expected",
     ),
     ("benchmark", ["--dtype", "fp16"], "'float16', 'int8'); --help"),
-    ("generate", ["--kv-cache-dtype", "int4"], "argument '--kv-cache-dtype'. Expected one of ('aut"),
     ("download_data", ["tinystory"], "'tinystory' for argument 'name'. Expected one of ('tinystor"),
     ("benchmarks/ops", ["--op", "moe_fnn"], "invalid choice 'moe_fnn' for argument '--op'. Expect"),
     ("benchmarks/ops", ["--op", "--cold"], "--op and --dtype need at least one value each"),

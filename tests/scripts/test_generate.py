@@ -132,6 +132,7 @@ def test_flags_that_are_not_given_are_as_the_model_has_them(place, monkeypatch, 
     [
         ({"model": "dense", "show_experts": True}, "dense has 0 MoE layers"),
         ({"show_experts": True, "expert_layer": 2}, "--expert-layer is 2; .* has 2 MoE layers"),
+        ({"kv_cache_dtype": "int4"}, "kv_cache_dtype must be auto or int8, got 'int4'"),
         ({"device": "abacus"}, "device must be auto, cpu, cuda, cuda:1 or mps, got 'abacus'"),
     ],
 )

@@ -16,7 +16,6 @@ from pyllm.testing.cases._cache import (
 from pyllm.testing.declaration import Arguments, Draw, Mutant, Operation, Output, Run, Sizes
 from pyllm.testing.faults import all_zeros, common, drop_last, given, returned
 
-
 HELD = ("k_cache", "v_cache", "k_scales", "v_scales")
 
 
@@ -291,7 +290,7 @@ DECODE_ATTENTION = Operation(
     degenerate=lambda s: frozenset({"y"} if 0 in (s["B"], s["T"]) else ()),
     mutants=MUTANTS,
     equivalents={
-        "a case has no infinite scale, which makes all NaN; tests/ops/test_decode_attention.py has": (
+        "no case has an infinite scale, which gives NaN; tests/ops/test_decode_attention.py has": (
             "widened: scales_BSG.to(wide).where(scales_BSG.isfinite(), float('nan')) -> "
             "scales_BSG.to(wide)",
         ),
