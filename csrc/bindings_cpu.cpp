@@ -137,8 +137,8 @@ void define_plan(py::module_& module) {
       .def(
           "step",
           [](Plan& plan, Address ids, Address starts, Address counts, std::int64_t batch,
-             std::int64_t tokens, Address cache, int cache_type, Address scales,
-             std::int64_t slots, std::int64_t ring, Address logits, int n_threads) {
+             std::int64_t tokens, Address cache, int cache_type, Address scales, std::int64_t slots,
+             std::int64_t ring, Address logits, int n_threads) {
             const pyllm::Step step{static_cast<const std::int64_t*>(in(ids)),
                                    static_cast<const std::int32_t*>(in(starts)),
                                    static_cast<const std::int32_t*>(in(counts)),
