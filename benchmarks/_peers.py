@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pyllm.reference.decode_attention import widened
 from pyllm.reference.int8_linear import quantize_rows
 
 Values = Mapping[str, Any]
@@ -43,6 +44,8 @@ def _new(v: Values) -> str:
 
 
 def _kept_for_append(v: Values) -> Values:
+    if v["k_scales"] is not None:
+        raise NotImplementedError("PyTorch has no int8 cache")
     start = _one_length(v)
     return {**v, "new": slice(start, start + v["k"].shape[1])}
 
@@ -54,11 +57,16 @@ def _kv_append(v: Values) -> Tensor:
 
 
 def _kept_for_decode(v: Values) -> Values:
-    """The cache as PyTorch's attention is fastest with it: heads first, each in one piece."""
+    """The cache as PyTorch's attention is fastest with it: heads first, each in one piece. An int8
+    cache beforehand in the dtype of the queries: PyTorch has none, reads two or four times as much,
+    and is not charged for the conversion."""
     end = _one_length(v) + v["q"].shape[1]
     if v["window"] or v["q"].shape[1] > 1:
         raise NotImplementedError("scaled_dot_product_attention has no window and needs a mask")
-    cache = {name: v[name][:, :end].transpose(1, 2).contiguous() for name in ("k_cache", "v_cache")}
+    cache = {}
+    for name, scales in (("k_cache", v["k_scales"]), ("v_cache", v["v_scales"])):
+        held = v[name] if scales is None else widened(v[name], scales, torch.float32).to(v["q"])
+        cache[name] = held[:, :end].transpose(1, 2).contiguous()
     return {**v, **cache}
 
 

@@ -71,7 +71,7 @@ def _attention(window: int) -> Callable[[int, int], dict[str, Any]]:
 
 
 def _decode(window: int) -> Callable[[int, int], dict[str, Any]]:
-    rest = {**_HEADS, "T": 1, "room": 0, "sinks": 0, "ragged": False}
+    rest = {**_HEADS, "T": 1, "room": 0, "sinks": 0, "ragged": False, "int8": False}
     rolling = window > 0
     return lambda value, _: {**rest, "past": value - 1, "window": window, "rolling": rolling}
 

@@ -166,7 +166,7 @@ void define_plan(py::module_& module) {
       .def(
           "step",
           [](Plan& plan, Address ids, Address starts, Address counts, std::int64_t batch,
-             std::int64_t tokens, Address cache, bool cache_is_float, std::int64_t slots,
+             std::int64_t tokens, Address cache, int cache_type, Address scales, std::int64_t slots,
              std::int64_t ring, Address logits, int n_threads) {
             const pyllm::Step step{static_cast<const std::int64_t*>(in(ids)),
                                    static_cast<const std::int32_t*>(in(starts)),
@@ -174,7 +174,8 @@ void define_plan(py::module_& module) {
                                    batch,
                                    tokens,
                                    out(cache),
-                                   cache_is_float,
+                                   static_cast<pyllm::WeightType>(cache_type),
+                                   static_cast<float*>(out(scales)),
                                    slots,
                                    ring,
                                    static_cast<float*>(out(logits)),
@@ -305,6 +306,7 @@ PYBIND11_MODULE(_cpu, module) {
   PYLLM_DEFINE(attention_forward);
   PYLLM_DEFINE(attention_backward);
   PYLLM_DEFINE(kv_append);
+  PYLLM_DEFINE(kv_append_int8);
   PYLLM_DEFINE(decode_attention);
   PYLLM_DEFINE(int8_linear);
   py::class_<Int8Linear>(module, "Int8Linear")

@@ -8,10 +8,12 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #include "cpu/decode_attention.h"
 #include "cpu/decode_parts.h"
 #include "cpu/float_dot.h"
+#include "cpu/int8_cache.h"
 #include "cpu/numeric.h"
 
 namespace pyllm::PYLLM_ISA {
@@ -27,6 +29,8 @@ struct QueryRange {
   const Storage *keys, *values;  // of this sequence and group
   std::int64_t slot_stride, window, sinks, ring;
   float scale;
+  const float *key_scales, *value_scales;  // of this sequence and group, in an int8 cache
+  std::int64_t scale_stride;
 };
 
 // out[r] += sum_i weights[r][i] * rows[i], channels [c, c + vectors).
@@ -76,16 +80,17 @@ inline void add_values(const float* const* weights, const Storage* const* rows, 
 }
 
 // What attend_range works in: for each row its scores with a block, the largest so far, the sum of
-// the weights, and where it is.
+// the weights, and where it is. From an int8 cache, a block's keys and values as floats.
 struct RowScratch {
-  float *scores, *largest, *sum;
+  float *scores, *largest, *sum, *widened;
   const float **q, **weights;
   float** y;
 
-  explicit RowScratch(std::int64_t n)
-      : scores(new float[n * (kScores + 2)]),
+  RowScratch(std::int64_t n, std::int64_t n_widened)
+      : scores(new float[n * (kScores + 2) + n_widened]),
         largest(scores + n * kScores),
         sum(largest + n),
+        widened(sum + n),
         q(new const float*[2 * n]),
         weights(q + n),
         y(new float*[n]) {}
@@ -102,8 +107,10 @@ struct RowScratch {
 // reaches the queries of its block all the same.
 template <class Storage>
 inline void attend_range(const QueryRange<Storage>& range) {
+  // All rows of queries go through a block's keys and values, which are widened for them once.
+  using Row = std::conditional_t<kIsInt8<Storage>, float, Storage>;
   const std::int64_t n_rows = range.n_tokens * range.shared, width = range.width;
-  const RowScratch scratch(n_rows);
+  const RowScratch scratch(n_rows, kIsInt8<Storage> ? 2 * kBlock * width : 0);
   float *const scores = scratch.scores, *const largest = scratch.largest, *const sum = scratch.sum;
   const float **const q = scratch.q, **const weights = scratch.weights;
   float** const y = scratch.y;
@@ -120,12 +127,24 @@ inline void attend_range(const QueryRange<Storage>& range) {
   for (std::int64_t first = 0; first < seen.n;) {
     const Block block(seen, first, seen.n, range.sinks, range.ring);
     first += block.n;
-    const Storage *keys[kBlock], *values[kBlock];
+    const Row *keys[kBlock], *values[kBlock];
     for (std::int64_t i = 0; i < block.n; ++i) {
-      keys[i] = range.keys + block.slots[i] * range.slot_stride;
-      values[i] = range.values + block.slots[i] * range.slot_stride;
+      const Storage* key = range.keys + block.slots[i] * range.slot_stride;
+      const Storage* value = range.values + block.slots[i] * range.slot_stride;
+      if constexpr (kIsInt8<Storage>) {
+        const std::int64_t at = block.slots[i] * range.scale_stride;
+        float* const key_row = scratch.widened + i * width;
+        float* const value_row = key_row + kBlock * width;
+        widen_row(key, width, range.key_scales[at], key_row);
+        widen_row(value, width, range.value_scales[at], value_row);
+        keys[i] = key_row;
+        values[i] = value_row;
+      } else {
+        keys[i] = key;
+        values[i] = value;
+      }
     }
-    multiply_rows<Storage>(
+    multiply_rows<Row>(
         block.n, [&](std::int64_t i) { return keys[i]; }, n_rows,
         [&](std::int64_t r) { return q[r]; }, width,
         [&](std::int64_t r, std::int64_t i, const float* products, std::int64_t n) {

@@ -34,8 +34,8 @@ struct Workspace {
   }
 };
 
-template <int kWidth, class Storage>
-void decode(Problem<Storage> problem, const Storage* q, Storage* y, int n_threads) {
+template <int kWidth, class Storage, class Query>
+void decode(Problem<Storage> problem, const Query* q, Query* y, int n_threads) {
   using W = Wide<Storage>;
   const std::int64_t width = problem.width, rows = problem.rows();
   const std::int64_t n_items = problem.batch * problem.n_chunks,
@@ -61,18 +61,28 @@ void decode(Problem<Storage> problem, const Storage* q, Storage* y, int n_thread
   workspace.free();
 }
 
+// A width known to the compiler takes a third off: its loops become straight lines.
+template <class Storage, class Query>
+void decode_any(const Problem<Storage>& problem, const void* q, void* y, int n_threads) {
+  const auto run = problem.width == 64    ? decode<64, Storage, Query>
+                   : problem.width == 128 ? decode<128, Storage, Query>
+                                          : decode<0, Storage, Query>;
+  run(problem, static_cast<const Query*>(q), static_cast<Query*>(y), n_threads);
+}
+
 }  // namespace
 
 void decode_attention(DType dtype, const void* q, const void* k_cache, std::int64_t k_batch_stride,
                       std::int64_t k_slot_stride, std::int64_t k_head_stride, const void* v_cache,
                       std::int64_t v_batch_stride, std::int64_t v_slot_stride,
-                      std::int64_t v_head_stride, const void* starts, const void* counts,
-                      double scale, std::int64_t window, std::int64_t sinks, std::int64_t ring,
-                      void* y, std::int64_t batch, std::int64_t tokens, std::int64_t groups,
+                      std::int64_t v_head_stride, const void* k_scales, const void* v_scales,
+                      std::int64_t slots, const void* starts, const void* counts, double scale,
+                      std::int64_t window, std::int64_t sinks, std::int64_t ring, void* y,
+                      std::int64_t batch, std::int64_t tokens, std::int64_t groups,
                       std::int64_t shared, std::int64_t width, std::int64_t chunk,
                       std::int64_t n_chunks, int n_threads) {
-  with_storage(dtype, [=](auto storage) {
-    using S = decltype(storage);
+  const auto run = [=](auto stored, auto query) {
+    using S = decltype(stored);
     using W = Wide<S>;
     const Problem<S> problem{nullptr,
                              static_cast<const S*>(k_cache),
@@ -91,10 +101,19 @@ void decode_attention(DType dtype, const void* q, const void* k_cache, std::int6
                              shared,
                              width,
                              chunk,
-                             n_chunks};
-    // A width known to the compiler takes a third off: its loops become straight lines.
-    const auto run = width == 64 ? decode<64, S> : width == 128 ? decode<128, S> : decode<0, S>;
-    run(problem, static_cast<const S*>(q), static_cast<S*>(y), n_threads);
+                             n_chunks,
+                             nullptr,
+                             static_cast<const float*>(k_scales),
+                             static_cast<const float*>(v_scales),
+                             slots};
+    decode_any<S, decltype(query)>(problem, q, y, n_threads);
+  };
+  with_storage(dtype, [=](auto query) {
+    if (k_scales == nullptr) {
+      run(query, query);
+    } else {
+      run(Int8<Wide<decltype(query)>>{}, query);
+    }
   });
 }
 

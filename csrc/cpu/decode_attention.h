@@ -6,12 +6,16 @@
 // cache is read as it lies, and gives a maximum, a sum and a weighted sum of values for each query
 // (online softmax: Milakov & Gimelshein 2018, arXiv:1805.02867). The chunks are then added in
 // order. Where they are cut depends on the sizes only, never on the number of threads.
+//
+// An int8 cache has a scale for each position and kv head: that of a key multiplies its score, that
+// of a value its weight, so that no number of the cache is multiplied twice.
 #pragma once
 
 #include <cmath>
 #include <cstdint>
 #include <type_traits>
 
+#include "cpu/int8_cache.h"
 #include "cpu/lanes.h"
 #include "cpu/numeric.h"
 #include "cpu/online_softmax.h"
@@ -80,6 +84,9 @@ struct Problem {
   // Where the queries of each row of the batch begin in q, counted in tokens; null: all have
   // `tokens` of them.
   const std::int64_t* first_queries = nullptr;
+  // Of an int8 cache (Int8): (batch, slots, groups).
+  const float *k_scales = nullptr, *v_scales = nullptr;
+  std::int64_t slots = 0;
 
   std::int64_t heads() const { return groups * shared; }
   std::int64_t query(std::int64_t b, std::int64_t t) const {
@@ -296,6 +303,26 @@ void add_weighted(const Problem<Storage>& problem, const Storage* const* rows, s
       });
 }
 
+// In an int8 cache: the scores with each key, or the weights of each value, times its scale.
+template <class Storage>
+inline void apply_scales(const Problem<Storage>& problem, const float* scales, const Block& block,
+                         std::int64_t b, std::int64_t begin, std::int64_t end,
+                         const Scratch<Storage>& scratch) {
+  const std::int64_t groups = problem.groups;
+  const float* of_row = scales + b * problem.slots * groups;
+  for (std::int64_t g = 0; g < groups; ++g) {
+    float here[kBlock];
+    for (std::int64_t i = begin; i < end; ++i) {
+      here[i] = nan_if_infinite(of_row[block.slots[i] * groups + g]);
+    }
+    for (std::int64_t j = 0; j < problem.shared; ++j) {
+      Wide<Storage>* __restrict s = scratch.scores + (g * problem.shared + j) * kScores;
+#pragma omp simd
+      for (std::int64_t i = begin; i < end; ++i) s[i] *= here[i];
+    }
+  }
+}
+
 template <int kWidth, class Storage>
 void take_in_block(const Problem<Storage>& problem, const Block& block, std::int64_t b,
                    std::int64_t position, const Partial<Wide<Storage>>& partial, std::int64_t row,
@@ -312,9 +339,15 @@ void take_in_block(const Problem<Storage>& problem, const Block& block, std::int
   for (std::int64_t i = begin; i < end; ++i)
     rows[i] = keys + block.slots[i] * problem.k_strides.slot;
   score<kWidth>(problem, rows, begin, end, scratch);
+  if constexpr (kIsInt8<Storage>) {
+    apply_scales(problem, problem.k_scales, block, b, begin, end, scratch);
+  }
   for (std::int64_t head = 0; head < problem.heads(); ++head) {
     scratch.shrink[head] = to_weights(scratch.scores + head * kScores + begin, end - begin,
                                       partial.largest + row + head, partial.sum + row + head);
+  }
+  if constexpr (kIsInt8<Storage>) {
+    apply_scales(problem, problem.v_scales, block, b, begin, end, scratch);
   }
   const Storage* values = problem.v_cache + b * problem.v_strides.batch;
   for (std::int64_t i = begin; i < end; ++i) {

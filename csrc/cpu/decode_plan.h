@@ -55,13 +55,15 @@ struct Plan {
 };
 
 // New tokens: sequence b has counts[b] of `tokens` ids (batch, tokens), at positions from starts[b]
-// on. cache (layers, 2, batch, slots, groups, head_width): see kv_append; float or bfloat16.
+// on. cache (layers, 2, batch, slots, groups, head_width): see kv_append. scales (layers, 2, batch,
+// slots, groups): of an int8 cache, else null.
 struct Step {
   const std::int64_t* ids;
   const std::int32_t *starts, *counts;
   std::int64_t batch, tokens;
   void* cache;
-  bool cache_is_float;
+  WeightType cache_type;
+  float* scales;
   std::int64_t slots, ring;
   float* logits;  // of what follows the last new token of each sequence that has one; or null
   int n_threads;

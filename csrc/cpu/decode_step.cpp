@@ -17,6 +17,8 @@
 #include "cpu/decode_attention.h"
 #include "cpu/decode_parts.h"
 #include "cpu/decode_plan.h"
+#include "cpu/int8_cache.h"
+#include "cpu/int8_row.h"
 #include "cpu/kernels.h"
 #include "cpu/numeric.h"
 #include "cpu/team.h"
@@ -165,18 +167,20 @@ class Pass {
     multiply(team, layer.qkv, d_, n_,
              [&](std::int64_t n, std::int64_t f, float value) { qkv_[n * qkv_width + f] = value; });
     Cached* const keys = static_cast<Cached*>(step_.cache) + 2 * number * cache_size();
-    team.for_each(n_, [&](std::int64_t n) { turn_and_append(n, keys, keys + cache_size()); });
+    float* const scales = kIsInt8<Cached> ? step_.scales + 2 * number * scales_size() : nullptr;
+    team.for_each(n_, [&](std::int64_t n) { turn_and_append(n, keys, scales); });
 
     if (longest_ >= kRange) {
-      attend_in_ranges(team, keys);
+      attend_in_ranges(team, keys, scales);
     } else {
-      attend_in_chunks(team, keys);
+      attend_in_chunks(team, keys, scales);
     }
     multiply(team, layer.out, heads_width, n_,
              [&](std::int64_t n, std::int64_t f, float value) { x_[n * d_ + f] += value; });
   }
 
-  void attend_in_ranges(Team::Member& team, const Cached* keys) {
+  // scales: of the keys, then of the values, in an int8 cache.
+  void attend_in_ranges(Team::Member& team, const Cached* keys, const float* scales) {
     const std::int64_t k = plan_.head_width, heads_width = plan_.heads * k;
     const std::int64_t groups = plan_.groups, shared = plan_.heads / groups;
     const std::int64_t n_ranges = (longest_ + kRange - 1) / kRange;
@@ -188,6 +192,7 @@ class Pass {
       if (n <= 0) return;
       const std::int64_t at = (first_[b] + first) * heads_width + g * shared * k;
       const Cached* of_group = keys + b * step_.slots * groups * k + g * k;
+      const float* of_keys = kIsInt8<Cached> ? scales + b * step_.slots * groups + g : nullptr;
       const QueryRange<Cached> range{q_ + at,
                                      normed_ + at,
                                      heads_width,
@@ -201,15 +206,18 @@ class Pass {
                                      plan_.window,
                                      plan_.sinks,
                                      step_.ring,
-                                     1.0f / std::sqrt(static_cast<float>(k))};
+                                     1.0f / std::sqrt(static_cast<float>(k)),
+                                     of_keys,
+                                     kIsInt8<Cached> ? of_keys + scales_size() : nullptr,
+                                     groups};
       attend_range(range);
     });
     team.for_each(n_, [&](std::int64_t n) { prepare(normed_ + n * heads_width, heads_width, n); });
   }
 
-  void attend_in_chunks(Team::Member& team, const Cached* keys) {
+  void attend_in_chunks(Team::Member& team, const Cached* keys, const float* scales) {
     const std::int64_t k = plan_.head_width, heads_width = plan_.heads * k;
-    const Problem<Cached> problem = attention_problem(keys);
+    const Problem<Cached> problem = attention_problem(keys, scales);
     team.for_each(step_.batch * n_chunks_, [&](std::int64_t item) {
       const Scratch<Cached> scratch(plan_.heads, k);
       const Partial<float> partial(partials_, item, step_.batch * n_chunks_, problem.rows(), k);
@@ -232,11 +240,11 @@ class Pass {
     });
   }
 
-  std::int64_t cache_size() const {
-    return step_.batch * step_.slots * plan_.groups * plan_.head_width;
-  }
+  // Of the keys of a layer, and of their scales.
+  std::int64_t cache_size() const { return scales_size() * plan_.head_width; }
+  std::int64_t scales_size() const { return step_.batch * step_.slots * plan_.groups; }
 
-  Problem<Cached> attention_problem(const Cached* keys) const {
+  Problem<Cached> attention_problem(const Cached* keys, const float* scales) const {
     const std::int64_t k = plan_.head_width;
     const Strides strides{step_.slots * plan_.groups * k, plan_.groups * k, k};
     return {q_,
@@ -257,11 +265,14 @@ class Pass {
             k,
             chunk_,
             n_chunks_,
-            first_};
+            first_,
+            scales,
+            kIsInt8<Cached> ? scales + scales_size() : nullptr,
+            step_.slots};
   }
 
   // Queries and keys turned by their position; keys and values into the cache.
-  void turn_and_append(std::int64_t n, Cached* keys, Cached* values) {
+  void turn_and_append(std::int64_t n, Cached* keys, float* scales) {
     const Token& token = tokens_[n];
     const std::int64_t k = plan_.head_width, half = k / 2, groups = plan_.groups;
     float* qkv = qkv_ + n * (plan_.heads + 2 * groups) * k;
@@ -274,11 +285,21 @@ class Pass {
     if (step_.ring > 0 && slot >= plan_.sinks) {
       slot = plan_.sinks + (slot - plan_.sinks) % step_.ring;
     }
-    const std::int64_t at = (token.b * step_.slots + slot) * groups * k;
+    const std::int64_t row = (token.b * step_.slots + slot) * groups;
     const float* __restrict key = qkv + plan_.heads * k;
-    for (std::int64_t i = 0; i < groups * k; ++i) {
-      keys[at + i] = narrow<Cached>(key[i]);
-      values[at + i] = narrow<Cached>(key[groups * k + i]);
+    Cached* const values = keys + cache_size();
+    if constexpr (kIsInt8<Cached>) {
+      float* const value_scales = scales + scales_size();
+      for (std::int64_t g = 0; g < groups; ++g) {
+        const std::int64_t at = (row + g) * k;
+        scales[row + g] = quantize_row(key + g * k, k, &keys[at].value).scale;
+        value_scales[row + g] = quantize_row(key + (groups + g) * k, k, &values[at].value).scale;
+      }
+    } else {
+      for (std::int64_t i = 0; i < groups * k; ++i) {
+        keys[row * k + i] = narrow<Cached>(key[i]);
+        values[row * k + i] = narrow<Cached>(key[groups * k + i]);
+      }
     }
   }
 
@@ -452,7 +473,14 @@ void run_step(Plan& plan, const Step& step) {
 void decode_step(Plan& plan, const Step& step) {
   const auto run = [&](auto weight) {
     using W = decltype(weight);
-    step.cache_is_float ? run_step<W, float>(plan, step) : run_step<W, BFloat16>(plan, step);
+    switch (step.cache_type) {
+      case WeightType::float32:
+        return run_step<W, float>(plan, step);
+      case WeightType::bfloat16:
+        return run_step<W, BFloat16>(plan, step);
+      case WeightType::int8:
+        return run_step<W, Int8<float>>(plan, step);
+    }
   };
   switch (plan.weights) {
     case WeightType::float32:

@@ -18,6 +18,7 @@
 
 #include "cpu/ahead.h"
 #include "cpu/count.h"
+#include "cpu/int8_row.h"
 #include "cpu/numeric.h"
 
 #if defined(__AVX2__)
@@ -73,35 +74,14 @@ inline const Int8Number* numbers_of(const char* row) {
   return reinterpret_cast<const Int8Number*>(row + kInt8HeaderBytes);
 }
 
-// x in int8, by the rule of quantize_rows in pyllm/reference/int8_linear.py.
+// x in int8, see int8_row.h.
 template <class Storage>
-inline void prepare_int8_row(const Storage* __restrict x, std::int64_t width, char* row) {
-  // The bits of positive numbers grow with them, up to infinity and NaN: a maximum that keeps NaN.
-  std::uint32_t largest = 0;
-#pragma omp simd reduction(max : largest)
-  for (std::int64_t i = 0; i < width; ++i) {
-    const std::uint32_t bits = bits_of(static_cast<float>(widen(x[i]))) & 0x7fffffffu;
-    largest = bits > largest ? bits : largest;
-  }
-  const float scale = float_of(largest) / 127.0f;
-  const bool usable = scale >= FLT_MIN && scale <= FLT_MAX;
-  Int8Number* __restrict q = reinterpret_cast<Int8Number*>(row + kInt8HeaderBytes);
+inline void prepare_int8_row(const Storage* x, std::int64_t width, char* row) {
+  Int8Number* const q = reinterpret_cast<Int8Number*>(row + kInt8HeaderBytes);
   const std::int64_t padded = (width + kInt8Pad - 1) / kInt8Pad * kInt8Pad;
-  std::int32_t sum = 0;
-  if (usable) {
-    const float inverse = 1.0f / scale;
-#pragma omp simd reduction(+ : sum)
-    for (std::int64_t i = 0; i < width; ++i) {
-      const float rounded = std::rint(static_cast<float>(widen(x[i])) * inverse);
-      const std::int32_t number = static_cast<std::int32_t>(rounded);
-      q[i] = static_cast<Int8Number>(number);
-      sum += number;
-    }
-  } else {
-    std::memset(q, 0, width * sizeof *q);
-  }
+  const Int8Scale quantized = quantize_row(x, width, q);
   std::memset(q + width, 0, (padded - width) * sizeof *q);
-  const Int8Header header{scale, 128 * sum};
+  const Int8Header header{quantized.scale, 128 * quantized.sum};
   std::memcpy(row, &header, sizeof header);
 }
 

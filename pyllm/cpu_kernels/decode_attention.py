@@ -23,6 +23,8 @@ def decode_attention_forward(
     window: int,
     sinks: int,
     rolling: bool,
+    k_scales_BSG: Tensor | None,
+    v_scales_BSG: Tensor | None,
 ) -> Tensor:
     """See :func:`pyllm.reference.decode_attention.decode_attention_forward`."""
     code = dtype_code("decode_attention", q_BTHK.dtype)
@@ -46,6 +48,11 @@ def decode_attention_forward(
     if v_strides[3] != 1:
         v_cache_BSGK = v_cache_BSGK.contiguous()
         v_strides = v_cache_BSGK.stride()
+    if k_scales_BSG is None or v_scales_BSG is None:
+        scales = (0, 0)
+    else:
+        k_scales_BSG, v_scales_BSG = k_scales_BSG.contiguous(), v_scales_BSG.contiguous()
+        scales = (k_scales_BSG.data_ptr(), v_scales_BSG.data_ptr())
     # The same chunks whatever the number of threads, or the bits would change with it.
     seen = min(end, window + n_tokens - 1 + sinks) if window else end
     chunk = max(PRODUCTS_OF_CHUNK // (rows * width) // KEY_STEP, 1) * KEY_STEP
@@ -56,6 +63,8 @@ def decode_attention_forward(
         *k_strides[:3],
         v_cache_BSGK.data_ptr(),
         *v_strides[:3],
+        *scales,
+        n_slots,
         starts_B.data_ptr(),
         counts_B.data_ptr(),
         scale,

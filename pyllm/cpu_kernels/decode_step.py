@@ -124,15 +124,17 @@ class DecodeStep:
         sinks: int,
         rolling: bool,
         n_logits: int,
+        scales_L2BSG: Tensor | None = None,
     ) -> Tensor | None:
         """Run the tokens, and write their keys and values into the cache.
 
         Args:
             ids_BT: int64, in the vocabulary; of row ``b``, the first ``counts_B[b]`` are real.
             starts_B, counts_B: int32, as :func:`pyllm.ops.kv_append` has them.
-            store_L2BSGK: the cache, contiguous: float32 or bfloat16.
+            store_L2BSGK: the cache, contiguous: float32, bfloat16, or int8 with scales.
             sinks, rolling: of the cache.
             n_logits: how many sequences have new tokens; 0 for no logits.
+            scales_L2BSG: of an int8 cache, contiguous float32.
 
         Returns:
             (R, V) float32: what follows the last new token of each of them, in order.
@@ -152,7 +154,8 @@ class DecodeStep:
             batch,
             n_tokens,
             store_L2BSGK.data_ptr(),
-            store_L2BSGK.dtype == torch.float32,
+            extension().WEIGHT_TYPES[_type_of(store_L2BSGK)],
+            _address(scales_L2BSG),
             n_slots,
             ring_of(n_slots, sinks, rolling),
             _address(logits_RV),
@@ -192,7 +195,7 @@ class DecodeStep:
 def _type_of(weight: Tensor) -> str:
     if weight.dtype not in _TYPES:
         expected = ", ".join(str(known) for known in _TYPES)
-        raise ValueError(f"decode_step: weights must be {expected}, got {weight.dtype}")
+        raise ValueError(f"decode_step: weights and cache must be {expected}, got {weight.dtype}")
     return _TYPES[weight.dtype]
 
 

@@ -16,6 +16,7 @@ def generate_ids(
     config: SamplingConfig,
     *,
     stop_id: int | None = None,
+    kv_cache_dtype: str = "auto",
 ) -> Iterator[int]:
     """Yield the tokens that follow ``ids``, at most ``config.max_new_tokens``.
 
@@ -27,12 +28,14 @@ def generate_ids(
         ids: the prompt, at least one token.
         config: how to draw.
         stop_id: ends the text and is not yielded.
+        kv_cache_dtype: see :class:`Session`.
 
     Raises:
         ValueError: an empty prompt, an id that is not in the vocabulary, NaN in the logits.
     """
     ids = checked_ids("generate_ids", model, ids)
-    session = Session(model, context=len(ids) + config.max_new_tokens)
+    context = len(ids) + config.max_new_tokens
+    session = Session(model, context=context, kv_cache_dtype=kv_cache_dtype)
     session.begin([ids], config, () if stop_id is None else (stop_id,))
     while session.running:
         for _, token in session.step():
@@ -69,11 +72,12 @@ def new_session(
     prompts: Sequence[Sequence[int]],
     config: SamplingConfig,
     begin_ids: Sequence[int] = (),
+    kv_cache_dtype: str = "auto",
 ) -> Session:
     """A session with as much room as these prompts and their continuations can take, up to the
-    model's context; ``begin_ids`` as :class:`Session` has it."""
+    model's context; ``begin_ids`` and ``kv_cache_dtype`` as :class:`Session` has them."""
     longest = max(map(len, prompts)) + config.max_new_tokens
-    return Session(model, len(prompts), longest, tokenizer.vocab_size, begin_ids)
+    return Session(model, len(prompts), longest, tokenizer.vocab_size, begin_ids, kv_cache_dtype)
 
 
 def stream_texts(

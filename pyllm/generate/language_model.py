@@ -15,7 +15,7 @@ from pyllm.generate.chat import ChatTemplate, Message
 from pyllm.generate.config import SamplingConfig
 from pyllm.generate.decode import new_session, prompt_ids, stream_texts
 from pyllm.generate.find import DRAWING, find_model, folder_settings, pick_dtype
-from pyllm.generate.session import Session
+from pyllm.generate.session import Session, pick_cache_dtype
 from pyllm.models import (
     ModelConfig,
     Transformer,
@@ -47,6 +47,7 @@ class LanguageModel:
         folder: the model folder, whose settings say which tokens begin and end a text, how it is
             drawn, and how a conversation is written; without it, end-of-text does both, and there
             is no chat.
+        kv_cache_dtype: of the sessions' caches: ``auto``, the model's, or ``int8``.
 
     Attributes:
         begin_ids: what the model is given before every prompt.
@@ -55,17 +56,23 @@ class LanguageModel:
             has it, else those of :class:`SamplingConfig`.
 
     Raises:
-        ValueError: the tokenizer has more tokens than the model, or a file of the folder is
-            damaged.
+        ValueError: the tokenizer has more tokens than the model, a file of the folder is damaged,
+            or the cache's dtype is unknown.
     """
 
     def __init__(
-        self, model: Transformer, tokenizer: Tokenizer, folder: str | Path | None = None
+        self,
+        model: Transformer,
+        tokenizer: Tokenizer,
+        folder: str | Path | None = None,
+        kv_cache_dtype: str = "auto",
     ) -> None:
+        pick_cache_dtype(kv_cache_dtype)  # refuses an unknown one
         prompt_ids(model, tokenizer, "")  # refuses those that do not belong together
         self.model = model
         self.tokenizer = tokenizer
         self.folder = None if folder is None else Path(folder)
+        self.kv_cache_dtype = kv_cache_dtype
         self.begin_ids: list[int] = [tokenizer.end_of_text_id]
         self.stop_ids: frozenset[int] = frozenset([tokenizer.end_of_text_id])
         self.defaults = SamplingConfig()
@@ -79,15 +86,17 @@ class LanguageModel:
         path: str | Path | None = None,
         device: str | torch.device = "auto",
         dtype: str | torch.dtype = "auto",
+        kv_cache_dtype: str = "auto",
     ) -> "LanguageModel":
         """See :func:`pyllm.load`; without a path, the run under runs/ that was saved last."""
+        pick_cache_dtype(kv_cache_dtype)  # before a large model is read
         folder = find_model(path)
         if isinstance(dtype, torch.dtype):
             known = WEIGHT_DTYPES.items()
             dtype = next((name for name, one in known if one == dtype), str(dtype))
         place = choose_device(str(device) if isinstance(device, torch.device) else device)
         number_format = pick_dtype(dtype)
-        return cls(*load_model(folder, place, number_format), folder)
+        return cls(*load_model(folder, place, number_format), folder, kv_cache_dtype)
 
     @property
     def config(self) -> ModelConfig:
@@ -174,7 +183,9 @@ class LanguageModel:
         ids = [self.prompt_ids(one) for one in prompts]
         pieces: Iterator[tuple[int, str]] = iter(())
         if ids:
-            session = new_session(self.model, self.tokenizer, ids, config, self.begin_ids)
+            session = new_session(
+                self.model, self.tokenizer, ids, config, self.begin_ids, self.kv_cache_dtype
+            )
             pieces = stream_texts(session, self.tokenizer, ids, config, self.stop_ids)
         if isinstance(prompt, str):
             alone = (piece for _, piece in pieces)
@@ -275,7 +286,14 @@ class LanguageModel:
         Args:
             context: see :class:`Session`.
         """
-        return Session(self.model, 1, context, self.tokenizer.vocab_size, self.begin_ids)
+        return Session(
+            self.model,
+            1,
+            context,
+            self.tokenizer.vocab_size,
+            self.begin_ids,
+            self.kv_cache_dtype,
+        )
 
     def prompt_ids(self, prompt: str) -> list[int]:
         """The tokens that the model is given for a prompt: those that begin a text, then its own.

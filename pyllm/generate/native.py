@@ -26,6 +26,7 @@ from pyllm.ops._registry import choose_face
 from pyllm.reference._precision import LARGEST_INT8_WIDTH
 
 DTYPES = (torch.float32, torch.bfloat16)
+CACHE_DTYPES = (*DTYPES, torch.int8)
 DISPATCHERS = (LocalDispatcher, Int8Dispatcher)
 
 
@@ -85,6 +86,7 @@ class NativeModel:
                 cache.sinks,
                 cache.rolling,
                 len(running) if ending else 0,
+                cache.scales,
             )
             if found is not None:
                 whole = ending == running
@@ -104,7 +106,7 @@ class NativeModel:
             batch,
             config.n_kv_heads,
             config.head_dim,
-        ) or cache.store.dtype not in DTYPES:
+        ) or cache.store.dtype not in CACHE_DTYPES:
             raise ValueError(
                 f"kv cache: it is {tuple(cache.store.shape)} in {cache.store.dtype}, which does "
                 "not fit; make a cache for this batch and this model"

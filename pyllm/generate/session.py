@@ -75,6 +75,7 @@ class Session:
             8,192 of a larger one. Memory is taken for all of them, unless the model has a window.
         n_words: draw only the first so many ids, where the tokenizer has fewer than the model.
         begin_ids: a row that begins with these keeps them when it slides.
+        kv_cache_dtype: ``auto``, the model's; or ``int8``, see :class:`pyllm.layers.KVCache`.
 
     Attributes:
         ids: the tokens of each row, prompt and continuation; the ones forgotten are not among them.
@@ -82,7 +83,7 @@ class Session:
         answers: of a conversation: the tokens that were drawn for an answer, by its text.
 
     Raises:
-        ValueError: a size below 1, more than the machine's memory.
+        ValueError: a size below 1, an unknown dtype, more than the machine's memory.
     """
 
     def __init__(
@@ -92,6 +93,7 @@ class Session:
         context: int | None = None,
         n_words: int | None = None,
         begin_ids: Sequence[int] = (),
+        kv_cache_dtype: str = "auto",
     ) -> None:
         longest = model.config.max_seq_len
         if context is not None:
@@ -102,7 +104,8 @@ class Session:
         self.context = min(wanted, longest)
         self.n_words = model.config.vocab_size if n_words is None else n_words
         self.begin_ids = list(begin_ids)
-        self.cache: KVCache = model.new_cache(rows, self.context)
+        cache_dtype = pick_cache_dtype(kv_cache_dtype)
+        self.cache: KVCache = model.new_cache(rows, self.context, dtype=cache_dtype)
         self.ids: list[list[int]] = [[] for _ in range(rows)]
         self.timing = Timing()
         self.answers: dict[str, list[int]] = {}
@@ -276,6 +279,18 @@ class Session:
             timing.decode_tokens += n_tokens
             timing.decode_seconds += seconds
         timing.new_tokens += n_rows
+
+
+def pick_cache_dtype(name: str) -> torch.dtype | None:
+    """Of a kv cache: None for ``auto``, which leaves it to the model, or int8.
+
+    Raises:
+        ValueError: another name.
+    """
+    known = {"auto": None, "int8": torch.int8}
+    if not isinstance(name, str) or name not in known:
+        raise ValueError(f"kv_cache_dtype must be auto or int8, got {shown(name)}")
+    return known[name]
 
 
 def _common(one: list[int], other: list[int]) -> int:

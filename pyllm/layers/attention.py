@@ -104,20 +104,28 @@ class CausalSelfAttention(nn.Module):
         if cache.length == 0:
             # Nothing to look back to, and padding is on the right, where no real query sees it.
             cache.append(layer, k_BTGK, v_BTGK, counts)
+            if cache.scales is not None:
+                k_BTGK, v_BTGK = cache.as_held(k_BTGK), cache.as_held(v_BTGK)
             return attention(q_BTHK, k_BTGK, v_BTGK, window=self.window, sinks=self.sinks)
         if n_tokens > PIECE and counts is None and cache.is_even:
             # Matrix products pay for a long block, with all that it sees side by side. In a
-            # contiguous cache it is so already; a rolling one is about to write over some of it.
-            seen = cache.look_back(layer) if cache.rolling else ()
+            # contiguous cache it is so already, unless in int8; a rolling one is about to write
+            # over some of it.
+            quantized = cache.scales is not None
+            see_old = cache.rolling or quantized
+            seen = cache.look_back(layer, k_BTGK.dtype) if see_old else ()
             cache.append(layer, k_BTGK, v_BTGK)
             if seen:
+                if quantized:
+                    k_BTGK, v_BTGK = cache.as_held(k_BTGK), cache.as_held(v_BTGK)
                 k_BSGK, v_BSGK = (
-                    torch.cat([old.to(fresh.dtype), fresh], dim=1)
+                    torch.cat([old, fresh], dim=1)
                     for old, fresh in zip(seen, (k_BTGK, v_BTGK), strict=True)
                 )
             else:
                 k_BSGK, v_BSGK = (x[:, : cache.length + n_tokens] for x in cache.slots(layer))
             return attention(q_BTHK, k_BSGK, v_BSGK, window=self.window, sinks=self.sinks)
+        k_scales_BSG, v_scales_BSG = cache.scales_of(layer)
         pieces = []
         for before in range(0, max(n_tokens, 1), PIECE):
             new = slice(before, before + PIECE)
@@ -130,6 +138,8 @@ class CausalSelfAttention(nn.Module):
                     window=self.window,
                     sinks=self.sinks,
                     rolling=cache.rolling,
+                    k_scales=k_scales_BSG,
+                    v_scales=v_scales_BSG,
                 )
             )
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)

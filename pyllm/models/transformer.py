@@ -200,7 +200,11 @@ class Transformer(nn.Module):
         )
 
     def new_cache(
-        self, batch: int = 1, max_length: int | None = None, rolling: bool | None = None
+        self,
+        batch: int = 1,
+        max_length: int | None = None,
+        rolling: bool | None = None,
+        dtype: torch.dtype | None = None,
     ) -> KVCache:
         """An empty kv cache for this model.
 
@@ -209,6 +213,7 @@ class Transformer(nn.Module):
             max_length: positions of each; by default the model's context.
             rolling: keep only what the window and the sinks can see; by default where the model
                 has a window.
+            dtype: of the keys and values, floating point or int8; by default the model's.
 
         Raises:
             ValueError: a size below 1, rolling without a window, more than the machine's memory.
@@ -223,7 +228,7 @@ class Transformer(nn.Module):
             window=config.window,
             sinks=config.attention_sinks,
             rolling=config.window is not None if rolling is None else rolling,
-            dtype=self.dtype,
+            dtype=self.dtype if dtype is None else dtype,
             device=self.embedding.weight.device,
         )
 

@@ -5,9 +5,11 @@ from torch import Tensor
 
 from pyllm.cpu_kernels._cache import require_positions
 from pyllm.ops._checks import (
+    check_dense,
     check_flag,
     check_floating,
     check_integer,
+    check_same_dtype,
     check_shape,
     check_whole,
     is_readable,
@@ -20,18 +22,30 @@ def check_cache(
     v_cache: Tensor,
     starts: Tensor,
     counts: Tensor,
+    k_scales: Tensor | None,
+    v_scales: Tensor | None,
     sinks: int,
     rolling: bool,
 ) -> int:
     """Two caches of one shape, a start and a count for each row, and a ring behind the sinks.
 
+    Both caches are floating point, or both int8 with scales.
+
     Returns:
         ``sinks`` as an int.
     """
-    check_floating(op, k_cache=k_cache, v_cache=v_cache)
+    quantized = isinstance(k_cache, Tensor) and k_cache.dtype == torch.int8
+    if quantized:
+        check_dense(op, "k_cache", k_cache)
+        check_dense(op, "v_cache", v_cache)
+        check_same_dtype(op, k_cache=k_cache, v_cache=v_cache)
+    else:
+        check_floating(op, k_cache=k_cache, v_cache=v_cache)
     check_integer(op, starts=starts, counts=counts)
     check_shape(op, "k_cache", k_cache, ("B", "slots", "G", "K"))
     check_shape(op, "v_cache", v_cache, tuple(k_cache.shape))
+    for name, scales in (("k_scales", k_scales), ("v_scales", v_scales)):
+        _check_scales(op, name, scales, k_cache, quantized)
     batch, n_slots = k_cache.shape[:2]
     check_shape(op, "starts", starts, (batch,))
     check_shape(op, "counts", counts, (batch,))
@@ -43,6 +57,24 @@ def check_cache(
             f"{sinks} sinks"
         )
     return sinks
+
+
+def _check_scales(
+    op: str, name: str, scales: Tensor | None, cache: Tensor, quantized: bool
+) -> None:
+    """An int8 cache has them, float32, for each position and head; another one has none."""
+    if not quantized:
+        if scales is not None:
+            raise ValueError(
+                f"{op}: {name} are for an int8 cache, got them with one of {cache.dtype}"
+            )
+        return
+    if scales is None:
+        raise ValueError(f"{op}: an int8 cache needs {name}, got None")
+    check_dense(op, name, scales)
+    if scales.dtype != torch.float32:
+        raise ValueError(f"{op}: {name} must be float32, got {scales.dtype}")
+    check_shape(op, name, scales, tuple(cache.shape[:3]))
 
 
 def check_positions(

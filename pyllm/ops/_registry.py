@@ -209,7 +209,8 @@ def _runner(op: str, name: str, written: tuple[int, ...]) -> Callable[..., Any]:
             raise ValueError(f"{op} has no face {face!r} on this machine")
         results = getattr(module, name)(*values)
         for place in written:  # a kernel writes past PyTorch, which counts the writes to a tensor
-            increment_version(arguments[place])
+            if arguments[place] is not None:
+                increment_version(arguments[place])
         if results is None:
             return None
         # The fakes promise contiguous results, and compiled code relies on their strides.

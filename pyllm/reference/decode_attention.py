@@ -13,7 +13,9 @@ the cache already. It sees
 
 that is a sliding window (Mistral 7B, arXiv:2310.06825, sec. 2) and the attention sinks
 (StreamingLLM, arXiv:2309.17453). Query head ``h`` reads kv head :math:`\lfloor h G / H \rfloor`.
-Rows from ``counts[b]`` on are padding and give zeros.
+Rows from ``counts[b]`` on are padding and give zeros. The keys and values of an int8 cache are its
+integers times the scale of their position and head, as :mod:`pyllm.reference.kv_append` made them;
+where that is not finite, NaN.
 
 There is no backward: a cache is for inference.
 """
@@ -37,6 +39,14 @@ def held_positions(end_B1: Tensor, n_slots: int, sinks: int, rolling: bool) -> T
     return slot_S.where(slot_S < sinks, last_BS).where(last_BS >= slot_S, end_B1)
 
 
+def widened(cache_BSGK: Tensor, scales_BSG: Tensor | None, wide: torch.dtype) -> Tensor:
+    """What a cache holds, in ``wide``."""
+    if scales_BSG is None:
+        return cache_BSGK.to(wide)
+    scales_BSG = scales_BSG.to(wide).where(scales_BSG.isfinite(), float("nan"))
+    return scales_BSG.unsqueeze(-1) * cache_BSGK
+
+
 def decode_attention_forward(
     q_BTHK: Tensor,
     k_cache_BSGK: Tensor,
@@ -47,9 +57,13 @@ def decode_attention_forward(
     window: int,
     sinks: int,
     rolling: bool,
+    k_scales_BSG: Tensor | None,
+    v_scales_BSG: Tensor | None,
 ) -> Tensor:
-    """Return ``y_BTHK``; ``window`` 0 means no window."""
+    """Return ``y_BTHK``; ``window`` 0 means no window. The scales are those of an int8 cache."""
     wide = accumulation_dtype(q_BTHK.dtype)
+    k_BSGK = widened(k_cache_BSGK, k_scales_BSG, wide)
+    all_v_BSGK = widened(v_cache_BSGK, v_scales_BSG, wide)
     n_kv_heads = k_cache_BSGK.shape[2]
     start_B1 = starts_B.unsqueeze(1)
     end_B1 = start_B1 + counts_B.unsqueeze(1)
@@ -64,8 +78,8 @@ def decode_attention_forward(
         if window > 0:
             sees_BS &= (at_B1 - held_BS < window) | (held_BS < sinks)
         hidden_BS11 = ~sees_BS[..., None, None]
-        v_BSGK = v_cache_BSGK.to(wide).masked_fill(hidden_BS11, 0)
-        s_BSGJ = torch.einsum("bgjk,bsgk->bsgj", q_BTGJK[:, t].to(wide), k_cache_BSGK.to(wide))
+        v_BSGK = all_v_BSGK.masked_fill(hidden_BS11, 0)
+        s_BSGJ = torch.einsum("bgjk,bsgk->bsgj", q_BTGJK[:, t].to(wide), k_BSGK)
         s_BSGJ = (s_BSGJ * scale).masked_fill(hidden_BS11, float("-inf"))
         # As in reference/attention.py: a row that sees nothing gives 0, not NaN.
         largest_B1GJ = s_BSGJ.amax(1, keepdim=True).clamp_min(torch.finfo(wide).min)

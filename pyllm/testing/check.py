@@ -77,7 +77,7 @@ def run_forward(case: OpCase, face: Any, inputs: Arguments) -> dict[str, Tensor]
     Raises:
         Mismatch: the face returns another number of outputs than declared.
     """
-    names = [output.name for output in case.operation.outputs]
+    names = case.operation.given((output.name for output in case.operation.outputs), inputs)
     function = getattr(face, f"{case.op}_forward")
     outputs = case.operation.forward_outputs(function, inputs)
     return _named(f"{case.op}_forward", names, outputs)
@@ -233,7 +233,8 @@ def run_door(
     inputs = operation.fresh(inputs)
     leaves = {name: inputs[name].detach().requires_grad_() for name in operation.gradients}
     values = operation.call(door, {**inputs, **leaves}, face)
-    outputs = dict(zip(operation.door_outputs, values, strict=True))
+    names = operation.given(operation.door_outputs, inputs)
+    outputs = dict(zip(names, values, strict=True))
     detached = {name: value.detach() for name, value in outputs.items()}
     if not leaves:
         return Result(detached, {})

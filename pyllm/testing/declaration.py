@@ -6,7 +6,7 @@ planted fault, by which the test itself is tested.
 """
 
 import importlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from types import ModuleType, SimpleNamespace
@@ -141,10 +141,14 @@ class Operation:
         copies = {name: as_copy(inputs[name]) for name in self.mutates}
         return {**inputs, **copies}
 
+    def given(self, names: Iterable[str], inputs: Arguments) -> tuple[str, ...]:
+        """The names without those of inputs that may be None, and are."""
+        return tuple(name for name in names if name not in inputs or inputs[name] is not None)
+
     def forward_outputs(self, function: Callable[..., Any], inputs: Arguments) -> tuple[Any, ...]:
         """Call ``<op>_forward``: what it wrote to, then what it returned."""
         returned = as_tuple(function(*inputs.values()))
-        return (*(inputs[name] for name in self.mutates), *returned)
+        return (*(inputs[name] for name in self.given(self.mutates, inputs)), *returned)
 
     def case(self, sizes: Sizes) -> "OpCase":
         """This operation at ``sizes``."""
@@ -226,9 +230,10 @@ def _spoilt_forward(
     def spoilt(*values: Any) -> Any:
         arguments = dict(zip(names, values, strict=True))
         outputs = mutant.change(run, arguments)
-        for name, wrong in zip(operation.mutates, outputs, strict=False):
+        written = operation.given(operation.mutates, arguments)
+        for name, wrong in zip(written, outputs, strict=False):
             arguments[name].copy_(wrong)
-        returned = outputs[len(operation.mutates) :]
+        returned = outputs[len(written) :]
         return returned if len(returned) > 1 else next(iter(returned), None)
 
     return spoilt

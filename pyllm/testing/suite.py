@@ -74,8 +74,8 @@ def parameters(
     return None
 
 
-class ForwardSuite:
-    """What every operation must pass, with a backward or without one."""
+class TinySuite:
+    """What is tried at the smallest size alone."""
 
     operation: ClassVar[Operation]
     door: ClassVar[Callable[..., Any]]
@@ -95,6 +95,58 @@ class ForwardSuite:
         """The same inputs, those with a gradient as leaves that require it."""
         leaves = {name: inputs[name].detach().requires_grad_() for name in self.operation.gradients}
         return {**inputs, **leaves}
+
+    def test_opcheck(self, face: str) -> None:
+        """Schema, autograd registration, fake tensors and AOT dispatch, as PyTorch checks them.
+
+        On transposed inputs: results must have the strides the fakes promise all the same.
+        """
+        _, inputs = self.tiny(torch.float32)
+        inputs = {
+            name: LAYOUTS["transposed"](value) if may_change(self.operation, name, value) else value
+            for name, value in inputs.items()
+        }
+        arguments = (*self.differentiable(inputs).values(), face)
+        name = f"{self.operation.name}_forward"
+        torch.library.opcheck(getattr(torch.ops.pyllm, name).default, arguments)
+
+    def test_fake_and_meta(self, dtype: torch.dtype) -> None:
+        """Without data, outputs and gradients have the shapes and dtypes they have with it."""
+        case, inputs = self.tiny(dtype)
+        real = expectations(case, dtype, "cpu", 0)[0]
+        upstreams = {
+            "d" + output.name: real.outputs[output.name]
+            for output in self.operation.outputs
+            if output.upstream is not None
+        }
+        meta = run_door(
+            case, type(self).door, "reference", _each(inputs, _to_meta), _each(upstreams, _to_meta)
+        )
+        with FakeTensorMode() as mode:
+            fake = run_door(
+                case,
+                type(self).door,
+                "reference",
+                _each(inputs, mode.from_tensor),
+                _each(upstreams, mode.from_tensor),
+            )
+        for got in (meta, fake):
+            for have, want in ((got.outputs, real.outputs), (got.gradients, real.gradients)):
+                for name, value in have.items():
+                    assert (value.shape, value.dtype) == (want[name].shape, want[name].dtype), name
+
+    def test_compile(self) -> None:
+        """One graph without breaks, the same numbers forward and backward."""
+        case, inputs = self.tiny(torch.float32)
+        upstreams = expectations(case, torch.float32, "cpu", 0)[2]
+        torch.compiler.reset()
+        compiled = torch.compile(type(self).door, fullgraph=True, backend="aot_eager")
+        got = run_door(case, compiled, "reference", inputs, upstreams)
+        _assert_same_bits(got, run_door(case, type(self).door, "reference", inputs, upstreams))
+
+
+class ForwardSuite(TinySuite):
+    """What every operation must pass, with a backward or without one."""
 
     def test_face(self, face_case: tuple[str, OpCase], dtype: torch.dtype) -> None:
         """Forward and backward of the face, called directly, are within the error budget."""
@@ -171,54 +223,6 @@ class ForwardSuite:
         assert alive <= declared, f"not seen: {sorted(alive - declared)}"
         assert declared <= alive, f"declared, and seen all the same: {sorted(declared - alive)}"
 
-    def test_opcheck(self, face: str) -> None:
-        """Schema, autograd registration, fake tensors and AOT dispatch, as PyTorch checks them.
-
-        On transposed inputs: results must have the strides the fakes promise all the same.
-        """
-        _, inputs = self.tiny(torch.float32)
-        inputs = {
-            name: LAYOUTS["transposed"](value) if may_change(self.operation, name, value) else value
-            for name, value in inputs.items()
-        }
-        arguments = (*self.differentiable(inputs).values(), face)
-        name = f"{self.operation.name}_forward"
-        torch.library.opcheck(getattr(torch.ops.pyllm, name).default, arguments)
-
-    def test_fake_and_meta(self, dtype: torch.dtype) -> None:
-        """Without data, outputs and gradients have the shapes and dtypes they have with it."""
-        case, inputs = self.tiny(dtype)
-        real = expectations(case, dtype, "cpu", 0)[0]
-        upstreams = {
-            "d" + output.name: real.outputs[output.name]
-            for output in self.operation.outputs
-            if output.upstream is not None
-        }
-        meta = run_door(
-            case, type(self).door, "reference", _each(inputs, _to_meta), _each(upstreams, _to_meta)
-        )
-        with FakeTensorMode() as mode:
-            fake = run_door(
-                case,
-                type(self).door,
-                "reference",
-                _each(inputs, mode.from_tensor),
-                _each(upstreams, mode.from_tensor),
-            )
-        for got in (meta, fake):
-            for have, want in ((got.outputs, real.outputs), (got.gradients, real.gradients)):
-                for name, value in have.items():
-                    assert (value.shape, value.dtype) == (want[name].shape, want[name].dtype), name
-
-    def test_compile(self) -> None:
-        """One graph without breaks, the same numbers forward and backward."""
-        case, inputs = self.tiny(torch.float32)
-        upstreams = expectations(case, torch.float32, "cpu", 0)[2]
-        torch.compiler.reset()
-        compiled = torch.compile(type(self).door, fullgraph=True, backend="aot_eager")
-        got = run_door(case, compiled, "reference", inputs, upstreams)
-        _assert_same_bits(got, run_door(case, type(self).door, "reference", inputs, upstreams))
-
     def test_deterministic(self, face: str, set_threads: Callable[[int], None]) -> None:
         """The same bits over ten runs, and on the cpu face over one, two and three threads."""
         case = self.operation.smoke_cases[-1 if face == "triton" else 2]
@@ -288,8 +292,8 @@ class OperationSuite(ForwardSuite):
         assert torch.autograd.gradcheck(function, tuple(leaves[name] for name in names))
 
 
-class InferenceSuite(ForwardSuite):
-    """For an operation without a backward, which may write to its inputs."""
+class TinyInferenceSuite(TinySuite):
+    """The smallest size of an operation without a backward, which may write to its inputs."""
 
     def test_gradients_are_refused(self, face: str) -> None:
         """They would stop here without a word; where none are recorded, nothing is refused."""
@@ -315,7 +319,11 @@ class InferenceSuite(ForwardSuite):
         before = {name: value._version for name, value in tensors.items()}
         self.run(inputs, face)
         counted = {name for name, value in tensors.items() if value._version > before[name]}
-        assert counted == set(self.operation.mutates)
+        assert counted == set(self.operation.given(self.operation.mutates, inputs))
+
+
+class InferenceSuite(TinyInferenceSuite, ForwardSuite):
+    """For an operation without a backward."""
 
 
 class _OnThreads:

@@ -60,11 +60,16 @@ def make(config: ModelConfig, kind: str) -> Transformer:
 
 
 @torch.inference_mode()
-def logits(model: Transformer, threads: int) -> list[Tensor]:
+def logits(model: Transformer, threads: int, dtype: torch.dtype | None = None) -> list[Tensor]:
     found = native_model(model)
     assert found is not None
-    cache = model.new_cache(3)
-    cache.store.fill_(float("nan"))  # what was not written is not read
+    cache = model.new_cache(3, dtype=dtype)
+    # What was not written is not read.
+    if cache.scales is None:
+        cache.store.fill_(float("nan"))
+    else:
+        cache.store.fill_(77)
+        cache.scales.fill_(float("nan"))
     generator = torch.Generator().manual_seed(1)
     results = []
     for n_tokens, counts in STEPS:
@@ -86,5 +91,14 @@ def logits(model: Transformer, threads: int) -> list[Tensor]:
 def test_one_thread_and_several(name: str, kind: str) -> None:
     model = make(CONFIGS[name], kind)
     first, *others = (logits(model, threads) for threads in (1, 2, 4))
+    for other in others:
+        assert all(torch.equal(one, two) for one, two in zip(first, other, strict=True))
+
+
+@pytest.mark.parametrize("kind", ["float32", "int8"])
+@pytest.mark.parametrize("name", ["mixture", "odd", "ring", "heads of 64"])
+def test_one_thread_and_several_with_an_int8_cache(name: str, kind: str) -> None:
+    model = make(CONFIGS[name], kind)
+    first, *others = (logits(model, threads, torch.int8) for threads in (1, 2, 4))
     for other in others:
         assert all(torch.equal(one, two) for one, two in zip(first, other, strict=True))

@@ -17,6 +17,8 @@ from pyllm.cpu_kernels import decode_attention, kv_append
 from pyllm.cpu_kernels.decode_attention import decode_attention_forward
 from pyllm.cpu_kernels.kv_append import kv_append_forward
 
+NONE = (None, None)
+"""The scales of a cache that is not int8."""
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
@@ -47,7 +49,7 @@ def test_same_bits_on_any_number_of_threads(
     results = []
     for threads in (1, 2, 3, 5):
         set_threads(threads)
-        results.append(decode_attention_forward(q, k, v, starts, counts, 0.2, 0, 0, False))
+        results.append(decode_attention_forward(q, k, v, starts, counts, 0.2, 0, 0, False, *NONE))
     assert all(torch.equal(results[0], other) for other in results[1:])
     assert results[0].std() > 0.01
 
@@ -77,6 +79,29 @@ def test_the_largest_score_may_be_in_any_chunk(isa: str, last: int) -> None:
     assert torch.equal(decode_attention_forward(q, k, v, *rest), torch.full((1, 1, 1, 8), 3.0))
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_same_bits_of_an_int8_cache_on_any_number_of_threads(
+    isa: str, dtype: torch.dtype, set_threads: Callable[[int], None]
+) -> None:
+    """What is written, and what is read: 900 positions in a ring, then queries for some of them."""
+    generator = torch.Generator().manual_seed(0)
+    q = torch.randn(2, 3, 8, 64, generator=generator).to(dtype)
+    new = torch.randn(2, 2, 900, 2, 64, generator=generator).to(dtype)
+    at = (torch.tensor([40, 70]), torch.tensor([900, 600]))
+    last = (torch.tensor([937, 667]), torch.tensor([3, 3]))
+    results = []
+    for threads in (1, 2, 5):
+        set_threads(threads)
+        caches = torch.zeros(2, 2, 800, 2, 64, dtype=torch.int8)
+        scales = torch.zeros(2, 2, 800, 2)
+        kv_append_forward(*caches, *new, *at, 4, True, *scales)
+        y = decode_attention_forward(q, *caches, *last, 0.2, 794, 4, True, *scales)
+        results.append((caches, scales, y))
+    for other in results[1:]:
+        assert all(torch.equal(one, two) for one, two in zip(results[0], other, strict=True))
+    assert results[0][2].std() > 0.01
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_rolling_cache_gives_the_bits_of_a_contiguous_one(isa: str, dtype: torch.dtype) -> None:
     """The keys are taken by position, wherever they lie."""
@@ -90,8 +115,8 @@ def test_a_rolling_cache_gives_the_bits_of_a_contiguous_one(isa: str, dtype: tor
     ring_k[:, slots], ring_v[:, slots] = k[:, at], v[:, at]
     starts, counts = torch.tensor([498]), torch.tensor([2])
     rest = (starts, counts, 0.2, 149, 3)
-    flat = decode_attention_forward(q, k, v, *rest, False)
-    assert torch.equal(decode_attention_forward(q, ring_k, ring_v, *rest, True), flat)
+    flat = decode_attention_forward(q, k, v, *rest, False, *NONE)
+    assert torch.equal(decode_attention_forward(q, ring_k, ring_v, *rest, True, *NONE), flat)
     assert flat.isfinite().all()
 
 
@@ -100,9 +125,8 @@ def test_bits_are_moved_as_they_are(isa: str) -> None:
     bits = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
     k, v = bits.view(1, 64, 8, 128), bits.flip(0).view(1, 64, 8, 128)
     k_cache, v_cache = torch.zeros(2, 1, 64, 8, 128, dtype=torch.bfloat16)
-    kv_append_forward(
-        k_cache, v_cache, k, v, torch.tensor([0]), torch.tensor([64]), sinks=0, rolling=False
-    )
+    at = (torch.tensor([0]), torch.tensor([64]))
+    kv_append_forward(k_cache, v_cache, k, v, *at, 0, False, *NONE)
     assert torch.equal(k_cache.view(torch.int16), k.view(torch.int16))
     assert torch.equal(v_cache.view(torch.int16), v.view(torch.int16))
 
@@ -120,6 +144,6 @@ def test_the_launchers_refuse_what_would_leave_the_cache() -> None:
     ):
         at = (torch.tensor([start]), torch.tensor([count]))
         with pytest.raises(ValueError, match=f"kv_append: .*{message}"):
-            kv_append_forward(k_cache, v_cache, new, new, *at, 0, rolling)
+            kv_append_forward(k_cache, v_cache, new, new, *at, 0, rolling, *NONE)
         with pytest.raises(ValueError, match=f"decode_attention: .*{message}"):
-            decode_attention_forward(new, k_cache, v_cache, *at, 1.0, 1, 0, rolling)
+            decode_attention_forward(new, k_cache, v_cache, *at, 1.0, 1, 0, rolling, *NONE)

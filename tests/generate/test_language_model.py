@@ -14,7 +14,7 @@ import torch
 import pyllm
 from pyllm.export import write_hugging_face
 from pyllm.generate import LanguageModel, SamplingConfig, generate_ids, generate_text
-from pyllm.models import ModelConfig, save_model
+from pyllm.models import ModelConfig, Transformer, save_model
 from pyllm.tokenizers import Tokenizer, train_bpe
 
 from .small import SMALL, chain_model, make_model
@@ -255,6 +255,28 @@ def test_loading(folder: Path, model: LanguageModel) -> None:
         pyllm.load(folder, device="abacus")
     with pytest.raises(ValueError, match="nowhere: no such folder"):
         pyllm.load("nowhere")
+
+
+def test_loading_with_an_int8_cache(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every session's cache is one: that of generate, and that of a text that goes on."""
+    made: list[torch.dtype] = []
+    inner = Transformer.new_cache
+
+    def spied(*args: Any, **options: Any) -> Any:
+        cache = inner(*args, **options)
+        made.append(cache.store.dtype)
+        return cache
+
+    monkeypatch.setattr(Transformer, "new_cache", spied)
+    for dtype in ("auto", "bfloat16", "int8"):
+        loaded = pyllm.load(folder, device="cpu", dtype=dtype, kv_cache_dtype="int8")
+        assert (
+            loaded.kv_cache_dtype == "int8" and loaded.generate("a", max_new_tokens=3) is not None
+        )
+        loaded.new_session()
+    assert made == [torch.int8] * 6
+    with pytest.raises(ValueError, match="kv_cache_dtype must be auto or int8, got 'int4'"):
+        pyllm.load(folder, kv_cache_dtype="int4")
 
 
 def test_a_tokenizer_smaller_or_larger_than_the_model(tokenizer: Tokenizer) -> None:

@@ -81,17 +81,22 @@ def native(model: Transformer) -> NativeModel:
 
 
 @torch.inference_mode()
-def both(model: Transformer, steps: Any = STEPS, **cache: Any) -> list[tuple[Tensor, Tensor]]:
-    """The logits of each step in PyTorch and native, through caches of their own."""
-    found = native(model)
-    caches = model.new_cache(3, **cache), model.new_cache(3, **cache)
+def both(
+    model: Transformer, steps: Any = STEPS, layers: Transformer | None = None, **cache: Any
+) -> list[tuple[Tensor, Tensor]]:
+    """The logits of each step in PyTorch and native, through caches of their own.
+
+    ``layers``: the model in PyTorch, where it is not the same.
+    """
+    found, layers = native(model), model if layers is None else layers
+    caches = layers.new_cache(3, **cache), model.new_cache(3, **cache)
     generator = torch.Generator().manual_seed(1)
     pairs = []
     for n_tokens, counts in steps:
         ids = torch.randint(model.config.vocab_size, (3, n_tokens), generator=generator)
         pairs.append(
             (
-                next_logits(model, ids, caches[0], counts),
+                next_logits(layers, ids, caches[0], counts),
                 found.next_logits(ids, caches[1], counts),
             )
         )
@@ -142,6 +147,20 @@ def test_int8(name: str, isa: str) -> None:
     assert errors[len(errors) // 2] < 0.02 and errors[-1] < 0.1
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
+@pytest.mark.parametrize("name", ["mixture", "gpt", "sinks", "wide window", "heads of 64"])
+def test_int8_caches(name: str, dtype: str, isa: str) -> None:
+    """Of models of every dtype. Where no rounding of a key flips, as near as with a float cache."""
+    model = make(FAMILY[name], torch.bfloat16 if dtype == "bfloat16" else torch.float32)
+    # Both compute in float32; PyTorch in bfloat16 would be a third thing.
+    layers = copy.deepcopy(model).float() if dtype == "bfloat16" else model
+    if dtype == "int8":
+        model = layers = quantize_model(model)
+    errors = sorted(map(error, both(model, layers=layers, dtype=torch.int8)))
+    middle, most = {"float32": (1e-5, 5e-3), "bfloat16": (5e-3, 0.02), "int8": (0.02, 0.1)}[dtype]
+    assert errors[len(errors) // 2] < middle and errors[-1] < most, errors
+
+
 def test_bits_do_not_depend_on_threads(set_threads: Callable[[int], None]) -> None:
     for model in (make(BASE), quantize_model(make(BASE)), make(BASE, torch.bfloat16)):
         runs = []
@@ -163,18 +182,22 @@ def test_a_row_gets_what_it_would_alone() -> None:
     torch.testing.assert_close(together, alone, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("cache", ["auto", "int8"])
 @pytest.mark.parametrize("dtype", ["float32", "int8"])
-def test_sessions_write_the_same_as_without(dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sessions_write_the_same_as_without(
+    dtype: str, cache: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Token by token, past several wraps of the window."""
     for name in ("mixture", "sinks", "gpt"):
         model = make(FAMILY[name])
         if dtype == "int8":
             model = quantize_model(model)
         config = SamplingConfig(max_new_tokens=60, greedy=True)
-        written = list(generate_ids(model, [1, 2, 3], config))
+        options = {"kv_cache_dtype": cache}
+        written = list(generate_ids(model, [1, 2, 3], config, **options))
         with monkeypatch.context() as patch:
             patch.setattr("pyllm.generate.session.native_model", lambda model: None)
-            expected = list(generate_ids(model, [1, 2, 3], config))
+            expected = list(generate_ids(model, [1, 2, 3], config, **options))
         same = next((i for i in range(60) if written[i] != expected[i]), 60)
         assert same == 60 if dtype == "float32" else same >= 5, f"{name}: {same}"
 

@@ -428,3 +428,22 @@ def test_a_prompt_that_is_refused_leaves_the_session_as_it_was(model):
     assert one.ids == [ids]
     assert write(one, [[*ids, 8]], GREEDY)[0] == alone(model, [*ids, 8], GREEDY)
     assert one.timing.cached_tokens == len(ids) - 1
+
+
+def test_an_int8_cache_writes_from_integers(model):
+    """In a quarter of the memory and a scale; on and on, as it would in one go."""
+    one, plain = Session(model, kv_cache_dtype="int8"), Session(model)
+    first = write(one, [[3, 1, 4]], GREEDY)[0]
+    assert one.cache.store.dtype == torch.int8 and plain.cache.scales is None
+    head = model.config.head_dim
+    assert one.cache.nbytes * 4 * head == plain.cache.nbytes * (head + 4)
+    again = write(one, [[3, 1, 4, *first[:4]]], GREEDY)[0]
+    assert again[:4] == first[4:]
+    options = {"kv_cache_dtype": "int8"}
+    assert again == list(generate_ids(model, [3, 1, 4, *first[:4]], GREEDY, **options))
+
+
+@pytest.mark.parametrize("name", ["int4", "float8", "", None, torch.int8])
+def test_a_cache_dtype_that_is_none(model, name):
+    with pytest.raises(ValueError, match="kv_cache_dtype must be auto or int8, got"):
+        Session(model, kv_cache_dtype=name)

@@ -254,3 +254,43 @@ def test_only_sequences_of_one_length_look_back_together():
     cache.advance([3, 1])
     with pytest.raises(ValueError, match=r"only sequences of one length .* got \[3, 1\]"):
         cache.look_back(0)
+
+
+@pytest.mark.parametrize("steps", [[3], [1] * 70, [30, 25]])
+def test_an_int8_cache_holds_integers_and_scales(steps: list[int]):
+    """In about half of bfloat16's memory; a position comes back within half a step of its scale."""
+    sizes = {"window": 5, "sinks": 3, "rolling": True, "dtype": torch.int8}
+    cache, exact = (
+        KVCache(2, 1, 1000, 2, 64, **sizes),
+        KVCache(2, 1, 1000, 2, 64, window=5, sinks=3),
+    )
+    slots = 3 + 5 + PIECE - 1
+    assert cache.nbytes == 2 * 2 * slots * 2 * (64 + 4) < 0.54 * 2 * 2 * slots * 2 * 128
+    assert exact.scales is None and exact.scales_of(0) == (None, None)
+    for count in steps:
+        k, v = torch.randn(2, 1, count, 2, 64) * torch.logspace(-2, 2, count)[:, None, None]
+        for one in (cache, exact):
+            for layer in range(2):
+                one.append(layer, k, (1 + layer) * v)
+            one.advance(count)
+    length = sum(steps)
+    seen = [*range(min(3, length)), *range(max(3, length - 4), length)]
+    for layer in range(2):
+        found = cache.look_back(layer)
+        for got, whole in zip(found, exact.look_back(layer), strict=True):
+            wanted = whole[:, seen]
+            assert got.dtype == torch.float32 and got.shape == wanted.shape
+            step = wanted.abs().amax(-1, keepdim=True) / 127
+            assert ((got - wanted).abs() <= 0.5001 * step).all() and not torch.equal(got, wanted)
+            assert torch.equal(got, cache.as_held(wanted))
+        doubles = cache.look_back(layer, torch.float64)
+        assert all(one.dtype == torch.float64 for one in doubles)
+        torch.testing.assert_close(doubles[0].float(), found[0])
+
+
+def test_the_memory_of_an_int8_cache_is_counted_with_its_scales():
+    with pytest.raises(ValueError, match=r"a kv cache of 1,000,000 positions .* takes .* GB"):
+        KVCache(2, 10**9, 10**6, 2, 4, dtype=torch.int8)
+    for dtype in (torch.uint8, torch.int32, torch.bool, "int8", None):
+        with pytest.raises(ValueError, match="kv cache: dtype must be floating point or int8, got"):
+            KVCache(1, 1, 4, 1, 4, dtype=dtype)

@@ -1,5 +1,6 @@
 """``decode_attention``: every face and the door, by its declaration; then what is particular."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,13 +11,21 @@ from torch import Tensor
 from pyllm.ops import attention, available_faces, decode_attention, kv_append
 from pyllm.ops._registry import face_module
 from pyllm.testing.cases.decode_attention import DECODE_ATTENTION
-from pyllm.testing.suite import InferenceSuite
+from pyllm.testing.suite import InferenceSuite, TinyInferenceSuite
 
 FACES = available_faces("decode_attention")
 
 
 class TestDecodeAttention(InferenceSuite):
     operation = DECODE_ATTENTION
+    door = staticmethod(decode_attention)
+    find_face = staticmethod(face_module)
+
+
+class TestDecodeAttentionInt8(TinyInferenceSuite):
+    """Registration, compilation and the like with an int8 cache."""
+
+    operation = replace(DECODE_ATTENTION, tiny={**DECODE_ATTENTION.tiny, "int8": True})
     door = staticmethod(decode_attention)
     find_face = staticmethod(face_module)
 
@@ -128,6 +137,79 @@ def test_under_autocast_it_computes_in_the_dtype_of_the_cache() -> None:
     assert torch.equal(y, plain.bfloat16())
 
 
+def _quantized(x: Tensor) -> tuple[Tensor, Tensor]:
+    """(..., K) in int8, and its scales (...)."""
+    scale = x.abs().amax(-1) / 127
+    return (x / scale[..., None]).round().to(torch.int8), scale
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("face", FACES)
+def test_an_int8_cache_is_its_integers_times_its_scales(face: str, dtype: torch.dtype) -> None:
+    """With queries of any dtype, in ragged rows, and with scales that lie anyhow."""
+    q = torch.randn(3, 2, 8, 16).to(dtype)
+    sizes = torch.rand(3, 40, 2, 1) * 3 + 0.1
+    (k, k_scales), (v, v_scales) = (_quantized(torch.randn(3, 40, 2, 16) * sizes) for _ in "kv")
+    at = _at((38, 2), (5, 1), (0, 2))
+    wide = [x.double() * s.double()[..., None] for x, s in ((k, k_scales), (v, v_scales))]
+    truth = decode_attention(q.double(), *wide, *at, window=20, sinks=3, face="reference")
+    scales = {"k_scales": k_scales.mT.contiguous().mT}
+    scales["v_scales"] = torch.stack([v_scales, v_scales], dim=-1)[..., 0]
+    got = decode_attention(q, k, v, *at, window=20, sinks=3, face=face, **scales)
+    assert got.dtype == dtype
+    torch.testing.assert_close(got.double(), truth, atol=4 * torch.finfo(dtype).eps, rtol=1e-2)
+
+
+@pytest.mark.parametrize("face", FACES)
+def test_an_int8_ring_token_by_token(face: str) -> None:
+    """Nine times round it: each slot has the scale of its newest position."""
+    window, length = 4, 60
+    sizes = torch.logspace(-2, 2, length)[None, torch.randperm(length), None, None]
+    q, (k, v) = torch.randn(1, length, 4, 8) / sizes, torch.randn(2, 1, length, 2, 8) * sizes
+    ring = torch.full((2, 1, 1 + window, 2, 8), 77, dtype=torch.int8)
+    ring_scales = torch.full((2, 1, 1 + window, 2), float("nan"))
+    whole = torch.zeros(2, 1, length, 2, 8, dtype=torch.int8), torch.zeros(2, 1, length, 2)
+    for start in range(length):
+        new, at = slice(start, start + 1), _at((start, 1))
+        options = {"sinks": 1, "face": face}
+        outs = []
+        for (cache, scales), rolling in (((ring, ring_scales), True), (whole, False)):
+            named = dict(zip(("k_scales", "v_scales"), scales, strict=True))
+            kv_append(*cache, k[:, new], v[:, new], *at, rolling=rolling, **named, **options)
+            outs.append(
+                decode_attention(
+                    q[:, new], *cache, *at, window=window, rolling=rolling, **named, **options
+                )
+            )
+        torch.testing.assert_close(outs[0], outs[1])
+    assert not ring_scales.isnan().any()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("face", FACES)
+def test_a_scale_that_is_not_finite_is_seen_by_who_looks_and_by_nobody_else(
+    face: str, value: float
+) -> None:
+    q, cache = torch.randn(1, 3, 2, 8), torch.full((2, 1, 20, 1, 8), 3, dtype=torch.int8)
+    for spoilt in range(2):
+        scales = torch.ones(2, 1, 20, 1)
+        scales[spoilt, :, 10] = value
+        scales[:, :, 1:5] = scales[:, :, 12:] = value
+        named = {"k_scales": scales[0], "v_scales": scales[1]}
+        y = decode_attention(q, *cache, *_at((9, 3)), window=5, sinks=1, face=face, **named)
+        torch.testing.assert_close(y[:, 0], torch.full((1, 2, 8), 3.0))
+        assert y[:, 1:].isnan().all()
+
+
+def test_under_autocast_an_int8_cache_takes_the_queries_as_they_are() -> None:
+    q, (k, k_scales) = torch.randn(1, 1, 2, 8), _quantized(torch.randn(1, 9, 2, 8))
+    scales = {"k_scales": k_scales, "v_scales": k_scales}
+    plain = decode_attention(q, k, k, *_at((8, 1)), **scales)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = decode_attention(q, k, k, *_at((8, 1)), **scales)
+    assert torch.equal(y, plain.bfloat16())
+
+
 def _arguments(**changes: Any) -> dict[str, Any]:
     arguments = {
         "q": torch.zeros(2, 3, 4, 8),
@@ -172,6 +254,30 @@ BAD = [
 def test_bad_input(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=f"^decode_attention.*{message}"):
         decode_attention(**_arguments(**changes))
+
+
+INT8 = torch.zeros(2, 9, 2, 8, dtype=torch.int8)
+SCALES = torch.zeros(2, 9, 2)
+BAD_INT8 = [
+    ({"k_scales": None}, "an int8 cache needs k_scales, got None"),
+    ({"v_scales": None}, "an int8 cache needs v_scales, got None"),
+    ({"k_cache": INT8.float()}, "v_cache must be floating point .* got torch.int8"),
+    ({"v_cache": INT8.float()}, "one dtype was expected .* v_cache torch.float32"),
+    ({"k_cache": INT8.float(), "v_cache": INT8.float()}, "k_scales are for an int8 cache, got"),
+    ({"k_scales": SCALES.bfloat16()}, "k_scales must be float32, got torch.bfloat16"),
+    ({"v_scales": SCALES[..., :1]}, r"v_scales must have shape \(2, 9, 2\), got \(2, 9, 1\)"),
+    ({"v_scales": SCALES.to("meta")}, "one device was expected .* v_scales on meta"),
+    ({"v_scales": SCALES.clone().requires_grad_()}, "got v_scales that require one"),
+    ({"v_scales": [1.0]}, r"v_scales must be a tensor, got \[1.0\]"),
+    ({"q": torch.zeros(2, 3, 4, 8, dtype=torch.int8)}, "q must be floating point"),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), BAD_INT8, ids=[line for _, line in BAD_INT8])
+def test_bad_input_of_an_int8_cache(changes: dict[str, Any], message: str) -> None:
+    sound = {"k_cache": INT8, "v_cache": INT8, "k_scales": SCALES, "v_scales": SCALES}
+    with pytest.raises(ValueError, match=f"^decode_attention.*{message}"):
+        decode_attention(**_arguments(**{**sound, **changes}))
 
 
 @pytest.mark.parametrize("face", FACES)

@@ -1,5 +1,6 @@
 """``kv_append``: every face and the door, by its declaration; then what is particular to it."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,13 +10,21 @@ from torch import Tensor
 from pyllm.ops import available_faces, kv_append
 from pyllm.ops._registry import face_module
 from pyllm.testing.cases.kv_append import KV_APPEND
-from pyllm.testing.suite import InferenceSuite
+from pyllm.testing.suite import InferenceSuite, TinyInferenceSuite
 
 FACES = available_faces("kv_append")
 
 
 class TestKvAppend(InferenceSuite):
     operation = KV_APPEND
+    door = staticmethod(kv_append)
+    find_face = staticmethod(face_module)
+
+
+class TestKvAppendInt8(TinyInferenceSuite):
+    """Registration, compilation and the like with an int8 cache."""
+
+    operation = replace(KV_APPEND, tiny={**KV_APPEND.tiny, "int8": True})
     door = staticmethod(kv_append)
     find_face = staticmethod(face_module)
 
@@ -116,6 +125,68 @@ def test_under_autocast_the_cache_keeps_its_dtype() -> None:
         kv_append(k_cache, v_cache, new, new, *at)
 
 
+def _int8(**changes: Any) -> dict[str, Any]:
+    """Arguments with an int8 cache."""
+    caches = torch.zeros(2, 2, 5, 2, 4, dtype=torch.int8)
+    scales = torch.zeros(2, 2, 5, 2)
+    given = {"k_cache": caches[0], "v_cache": caches[1]}
+    given |= {"k_scales": scales[0], "v_scales": scales[1]}
+    return _arguments(**{**given, **changes})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("face", FACES)
+def test_int8_by_hand(face: str, dtype: torch.dtype) -> None:
+    """Each head of a position has its own scale, and a half goes to the even integer."""
+    k = torch.zeros(2, 3, 2, 4, dtype=dtype)
+    k[0, 0] = torch.tensor([[-127, 0.5, 1.5, 2.4], [0, 0.3, -0.5, 0.125]])
+    arguments = _int8(k=k, v=-2 * k, face=face)
+    arguments["k_scales"].fill_(7)
+    kv_append(**arguments)
+    assert arguments["k_cache"][0, 0].tolist() == [[-127, 0, 2, 2], [0, 76, -127, 32]]
+    assert arguments["v_cache"][0, 0].tolist() == [[127, 0, -2, -2], [0, -76, 127, -32]]
+    scales = torch.tensor([1, 0.5 / 127])
+    assert torch.equal(arguments["k_scales"][0, 0], scales)
+    assert torch.equal(arguments["v_scales"][0, 0], 2 * scales)
+    # Zeros have the scale 0; what is not written keeps its own.
+    assert arguments["k_scales"][0, 1:].flatten().tolist() == [0] * 4 + [7] * 4
+    assert not arguments["k_cache"][0, 1:].any()
+
+
+@pytest.mark.parametrize("face", FACES)
+def test_a_slot_that_is_used_again_has_the_new_scale(face: str) -> None:
+    arguments = _int8(counts=torch.tensor([1, 1]), rolling=True, face=face)
+    for start, size in ((0, 100.0), (5, 0.01), (10, 3.0)):
+        k = size * torch.randn(2, 3, 2, 4)
+        new = {"k": k, "v": k.flip(0), "starts": torch.full((2,), start)}
+        kv_append(**{**arguments, **new})
+        for which, x in (("k", k), ("v", k.flip(0))):
+            held = arguments[f"{which}_cache"][:, 0] * arguments[f"{which}_scales"][:, 0, :, None]
+            error = (held - x[:, 0]).abs() / x[:, 0].abs().amax(-1, keepdim=True)
+            assert float(error.max()) <= 0.5001 / 127
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("face", FACES)
+def test_a_head_that_is_not_finite_has_zeros_and_a_scale_that_is_not(
+    face: str, value: float
+) -> None:
+    k = torch.ones(2, 3, 2, 4)
+    k[0, 1, 1, 2] = value
+    arguments = _int8(k=k, v=k, face=face)
+    kv_append(**arguments)
+    for cache, scales in (("k_cache", "k_scales"), ("v_cache", "v_scales")):
+        assert not arguments[cache][0, 1, 1].any()
+        assert (~arguments[scales].isfinite()).nonzero().tolist() == [[0, 1, 1]]
+
+
+def test_under_autocast_an_int8_cache_takes_what_comes() -> None:
+    arguments = _int8(k=torch.ones(2, 3, 2, 4).bfloat16(), v=torch.ones(2, 3, 2, 4).bfloat16())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        kv_append(**arguments)
+    assert arguments["k_cache"].dtype == torch.int8 and arguments["k_cache"][0, 0, 0, 0] == 127
+
+
 def _arguments(**changes: Any) -> dict[str, Any]:
     arguments = {
         "k_cache": torch.zeros(2, 5, 2, 4),
@@ -169,6 +240,46 @@ BAD = [
 def test_bad_input(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=f"^kv_append.*{message}"):
         kv_append(**_arguments(**changes))
+
+
+SCALES = torch.zeros(2, 5, 2)
+BAD_INT8 = [
+    ({"k_scales": None}, "an int8 cache needs k_scales, got None"),
+    ({"v_scales": None}, "an int8 cache needs v_scales, got None"),
+    (
+        {"k_cache": CACHE, "v_cache": CACHE + 1},
+        "k_scales are for an int8 cache, got .* torch.float32",
+    ),
+    (
+        {"k_cache": CACHE, "v_cache": CACHE + 1, "k_scales": None},
+        "v_scales are for an int8 cache, got .* torch.float32",
+    ),
+    ({"v_cache": CACHE}, "one dtype was expected .* k_cache torch.int8, v_cache torch.float32"),
+    ({"k_cache": CACHE}, "v_cache must be floating point .* got torch.int8"),
+    ({"v_cache": CACHE.to(torch.uint8)}, "one dtype was expected .* v_cache torch.uint8"),
+    ({"k_scales": SCALES.double()}, "k_scales must be float32, got torch.float64"),
+    ({"v_scales": SCALES.half()}, "v_scales must be float32, got torch.float16"),
+    ({"v_scales": 1.0}, "v_scales must be a tensor, got 1.0"),
+    ({"k_scales": SCALES[:, :4]}, r"k_scales must have shape \(2, 5, 2\), got \(2, 4, 2\)"),
+    ({"v_scales": torch.zeros(2, 5)}, r"v_scales must have shape \(2, 5, 2\), got \(2, 5\)"),
+    ({"k_scales": SCALES.to("meta")}, "one device was expected .* k_scales on meta"),
+    ({"k_scales": SCALES.to_sparse()}, "k_scales must be a dense tensor"),
+    ({"k_scales": SCALES.mT.contiguous().mT}, "k_scales is written to and must be contiguous"),
+    ({"v_scales": SCALES[:, :1].expand(2, 5, 2)}, "v_scales is written to and must be contig"),
+    ({"k_scales": SCALES, "v_scales": SCALES}, "k_scales is written to .* got v_scales in the"),
+    ({"k_scales": SCALES.clone().requires_grad_()}, "got k_scales that require one"),
+    ({"k": torch.zeros(2, 3, 2, 4).half()}, "one dtype was expected .* k torch.float16, v torch.f"),
+    (
+        {"k": torch.zeros(2, 3, 2, 4, dtype=torch.int8)},
+        "k must be floating point .* got torch.int8",
+    ),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), BAD_INT8, ids=[line for _, line in BAD_INT8])
+def test_bad_input_of_an_int8_cache(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=f"^kv_append.*{message}"):
+        kv_append(**_int8(**changes))
 
 
 def test_what_is_not_bad() -> None:

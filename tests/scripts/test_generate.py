@@ -72,6 +72,8 @@ def test_a_story_of_the_newest_run_with_stats_and_experts(place):
     written = re.fullmatch(r"(\d+) new tokens; prefill \d+ tokens .* [\d.]+ tokens/s\n", stats)
     assert written and 1 <= int(written[1]) <= 30
     assert "MoE layer 1 of 0 to 1" in out
+    code, short, error = run(place, *flags, "--kv-cache-dtype", "int8", "--greedy")
+    assert (code, error) == (0, "") and short.startswith("Once")
     counts = re.findall(r"(\d+): (\d+)", out.rpartition("tokens by expert")[2])
     assert [int(expert) for expert, _ in counts] == list(range(8))
     assert sum(int(count) for _, count in counts) > int(written[1])
@@ -130,6 +132,7 @@ def test_flags_that_are_not_given_are_as_the_model_has_them(place, monkeypatch, 
     [
         ({"model": "dense", "show_experts": True}, "dense has 0 MoE layers"),
         ({"show_experts": True, "expert_layer": 2}, "--expert-layer is 2; .* has 2 MoE layers"),
+        ({"kv_cache_dtype": "int4"}, "kv_cache_dtype must be auto or int8, got 'int4'"),
         ({"device": "abacus"}, "device must be auto, cpu, cuda, cuda:1 or mps, got 'abacus'"),
     ],
 )

@@ -7,7 +7,7 @@ test itself.
 import torch
 from torch import Tensor
 
-from pyllm.testing.declaration import Draw, Sizes
+from pyllm.testing.declaration import Arguments, Draw, Mutant, Run, Sizes
 
 
 def draw_positions(sizes: Sizes, draw: Draw) -> tuple[Tensor, Tensor]:
@@ -25,6 +25,23 @@ def slot_of(position: int, sizes: Sizes) -> int:
     if not sizes["rolling"] or position < sizes["sinks"]:
         return position
     return sizes["sinks"] + (position - sizes["sinks"]) % (sizes["S"] - sizes["sinks"])
+
+
+def draw_int8(draw: Draw, *shape: int) -> tuple[Tensor, Tensor]:
+    """Integers from -127 to 127 (..., K), and scales (...): no two rows have one, nor is one a
+    small multiple of another."""
+    numbers = (draw.normal(*shape).double() * 40.0).round().clamp(-127, 127)
+    scales = (0.5 + draw.uniform(*shape[:-1])) / 40.0
+    return numbers.to(torch.int8), scales.float().to(draw.device)
+
+
+def of_int8(mutant: Mutant) -> Mutant:
+    """A fault that only an int8 cache can have; another one is left sound."""
+
+    def change(run: Run, a: Arguments) -> tuple[Tensor, ...]:
+        return run(a) if a["k_scales"] is None else mutant.change(run, a)
+
+    return Mutant(mutant.name, mutant.stage, change)
 
 
 def off_by_one(tensor: Tensor) -> Tensor:
