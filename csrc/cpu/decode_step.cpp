@@ -13,12 +13,9 @@
 
 #include "cpu/activation.h"
 #include "cpu/allocator.h"
-#include "cpu/block_attention.h"
-#include "cpu/decode_attention.h"
+#include "cpu/cached_attention.h"
 #include "cpu/decode_parts.h"
 #include "cpu/decode_plan.h"
-#include "cpu/int8_cache.h"
-#include "cpu/int8_row.h"
 #include "cpu/kernels.h"
 #include "cpu/numeric.h"
 #include "cpu/team.h"
@@ -27,29 +24,19 @@
 namespace pyllm::PYLLM_ISA {
 namespace {
 
-// Attention's keys are cut into at most so many chunks, of so many keys or a multiple. From so many
-// new tokens of a sequence on, they are taken in blocks by ranges of as many tokens.
-constexpr std::int64_t kMostChunks = 16, kKeyStep = 16, kRange = 16;
 // Loops in a layer, and outside of them.
 constexpr std::int64_t kLoopsPerLayer = 12, kOtherLoops = 4;
 
-template <class Weight, class Cached>
-class Pass {
+template <class Weight>
+class Pass : CachedAttention {
   using P = Products<Weight>;
   using Row = typename P::Row;
 
  public:
   Pass(const Plan& plan, const Step& step, std::int64_t n_tokens, Allocator memory)
-      : plan_(plan), step_(step), n_(n_tokens), d_(plan.width) {
+      : CachedAttention(plan, step, n_tokens, memory), d_(plan.width) {
     const std::int64_t heads_width = plan.heads * plan.head_width;
-    std::int64_t seen = 1, slots = n_, hidden = 0;
-    for (std::int64_t b = 0; b < step.batch; ++b) {
-      longest_ = std::max<std::int64_t>(longest_, step.counts[b]);
-      seen = std::max<std::int64_t>(seen, step.starts[b] + step.counts[b]);
-    }
-    if (plan.window > 0) seen = std::min(seen, plan.window + longest_ - 1 + plan.sinks);
-    chunk_ = (seen + kMostChunks * kKeyStep - 1) / (kMostChunks * kKeyStep) * kKeyStep;
-    n_chunks_ = longest_ >= kRange ? 0 : (seen + chunk_ - 1) / chunk_;
+    std::int64_t slots = n_, hidden = 0;
     std::int64_t widest = std::max(d_, heads_width), n_rows = n_;
     for (const PlanLayer& layer : plan.layers) {
       const std::int64_t of_experts = layer.experts.count > 0 ? n_ * plan.top_k : 0;
@@ -61,15 +48,9 @@ class Pass {
       most_experts_ = std::max(most_experts_, layer.experts.count);
     }
     row_stride_ = P::row_size(widest);
-    tokens_ = memory.take<Token>(n_);
-    first_ = memory.take<std::int64_t>(step.batch);
     ends_ = memory.take<std::int64_t>(step.batch);
     x_ = memory.take<float>(n_ * d_);
     normed_ = memory.take<float>(n_ * std::max(d_, heads_width));
-    qkv_ = memory.take<float>(n_ * (plan.heads + 2 * plan.groups) * plan.head_width);
-    q_ = memory.take<float>(n_ * heads_width);
-    partials_ =
-        memory.take<float>(step.batch * n_chunks_ * longest_ * plan.heads * (plan.head_width + 2));
     chosen_ = memory.take<std::int64_t>(n_ * std::max<std::int64_t>(1, plan.top_k));
     odds_ = memory.take<float>(n_ * std::max<std::int64_t>(1, plan.top_k));
     slots_ = memory.take<Slot>(slots);
@@ -166,141 +147,20 @@ class Pass {
     });
     multiply(team, layer.qkv, d_, n_,
              [&](std::int64_t n, std::int64_t f, float value) { qkv_[n * qkv_width + f] = value; });
-    Cached* const keys = static_cast<Cached*>(step_.cache) + 2 * number * cache_size();
-    float* const scales = kIsInt8<Cached> ? step_.scales + 2 * number * scales_size() : nullptr;
-    team.for_each(n_, [&](std::int64_t n) { turn_and_append(n, keys, scales); });
-
-    if (longest_ >= kRange) {
-      attend_in_ranges(team, keys, scales);
+    team.for_each(n_, [&](std::int64_t n) { turn_and_append(n, number); });
+    if (n_ranges() > 0) {
+      team.for_each(n_ranges(), [&](std::int64_t i) { take_range(i, number, normed_); });
+      team.for_each(n_,
+                    [&](std::int64_t n) { prepare(normed_ + n * heads_width, heads_width, n); });
     } else {
-      attend_in_chunks(team, keys, scales);
+      team.for_each(n_chunks(), [&](std::int64_t i) { take_chunk(i, number); });
+      team.for_each(n_, [&](std::int64_t n) {
+        combine_chunks(n, number, normed_ + n * heads_width);
+        prepare(normed_ + n * heads_width, heads_width, n);
+      });
     }
     multiply(team, layer.out, heads_width, n_,
              [&](std::int64_t n, std::int64_t f, float value) { x_[n * d_ + f] += value; });
-  }
-
-  // scales: of the keys, then of the values, in an int8 cache.
-  void attend_in_ranges(Team::Member& team, const Cached* keys, const float* scales) {
-    const std::int64_t k = plan_.head_width, heads_width = plan_.heads * k;
-    const std::int64_t groups = plan_.groups, shared = plan_.heads / groups;
-    const std::int64_t n_ranges = (longest_ + kRange - 1) / kRange;
-    // The last ranges see most keys, and come first.
-    team.for_each(step_.batch * n_ranges * groups, [&](std::int64_t item) {
-      const std::int64_t b = item / groups % step_.batch, g = item % groups;
-      const std::int64_t first = (n_ranges - 1 - item / groups / step_.batch) * kRange;
-      const std::int64_t n = std::min<std::int64_t>(kRange, step_.counts[b] - first);
-      if (n <= 0) return;
-      const std::int64_t at = (first_[b] + first) * heads_width + g * shared * k;
-      const Cached* of_group = keys + b * step_.slots * groups * k + g * k;
-      const float* of_keys = kIsInt8<Cached> ? scales + b * step_.slots * groups + g : nullptr;
-      const QueryRange<Cached> range{q_ + at,
-                                     normed_ + at,
-                                     heads_width,
-                                     step_.starts[b] + first,
-                                     n,
-                                     shared,
-                                     k,
-                                     of_group,
-                                     of_group + cache_size(),
-                                     groups * k,
-                                     plan_.window,
-                                     plan_.sinks,
-                                     step_.ring,
-                                     1.0f / std::sqrt(static_cast<float>(k)),
-                                     of_keys,
-                                     kIsInt8<Cached> ? of_keys + scales_size() : nullptr,
-                                     groups};
-      attend_range(range);
-    });
-    team.for_each(n_, [&](std::int64_t n) { prepare(normed_ + n * heads_width, heads_width, n); });
-  }
-
-  void attend_in_chunks(Team::Member& team, const Cached* keys, const float* scales) {
-    const std::int64_t k = plan_.head_width, heads_width = plan_.heads * k;
-    const Problem<Cached> problem = attention_problem(keys, scales);
-    team.for_each(step_.batch * n_chunks_, [&](std::int64_t item) {
-      const Scratch<Cached> scratch(plan_.heads, k);
-      const Partial<float> partial(partials_, item, step_.batch * n_chunks_, problem.rows(), k);
-      if (k == 64) {
-        take_in_chunk<64>(problem, item, partial, scratch);
-      } else if (k == 128) {
-        take_in_chunk<128>(problem, item, partial, scratch);
-      } else {
-        take_in_chunk<0>(problem, item, partial, scratch);
-      }
-    });
-    team.for_each(n_, [&](std::int64_t n) {
-      const std::int64_t b = tokens_[n].b, first = (n - first_[b]) * plan_.heads;
-      float* to = normed_ + n * heads_width;
-      float* total = q_ + n * heads_width;  // the queries are no longer needed
-      for (std::int64_t head = 0; head < plan_.heads; ++head) {
-        add_chunks(problem, partials_, b, first + head, total, to + head * k);
-      }
-      prepare(to, heads_width, n);
-    });
-  }
-
-  // Of the keys of a layer, and of their scales.
-  std::int64_t cache_size() const { return scales_size() * plan_.head_width; }
-  std::int64_t scales_size() const { return step_.batch * step_.slots * plan_.groups; }
-
-  Problem<Cached> attention_problem(const Cached* keys, const float* scales) const {
-    const std::int64_t k = plan_.head_width;
-    const Strides strides{step_.slots * plan_.groups * k, plan_.groups * k, k};
-    return {q_,
-            keys,
-            keys + cache_size(),
-            strides,
-            strides,
-            step_.starts,
-            step_.counts,
-            1.0f / std::sqrt(static_cast<float>(k)),
-            plan_.window,
-            plan_.sinks,
-            step_.ring,
-            step_.batch,
-            longest_,
-            plan_.groups,
-            plan_.heads / plan_.groups,
-            k,
-            chunk_,
-            n_chunks_,
-            first_,
-            scales,
-            kIsInt8<Cached> ? scales + scales_size() : nullptr,
-            step_.slots};
-  }
-
-  // Queries and keys turned by their position; keys and values into the cache.
-  void turn_and_append(std::int64_t n, Cached* keys, float* scales) {
-    const Token& token = tokens_[n];
-    const std::int64_t k = plan_.head_width, half = k / 2, groups = plan_.groups;
-    float* qkv = qkv_ + n * (plan_.heads + 2 * groups) * k;
-    if (plan_.cos != nullptr) {
-      const std::int64_t at = token.position * half;
-      turn_heads(qkv, plan_.cos + at, plan_.sin + at, plan_.heads + groups, half);
-    }
-    std::memcpy(q_ + n * plan_.heads * k, qkv, plan_.heads * k * sizeof(float));
-    std::int64_t slot = token.position;
-    if (step_.ring > 0 && slot >= plan_.sinks) {
-      slot = plan_.sinks + (slot - plan_.sinks) % step_.ring;
-    }
-    const std::int64_t row = (token.b * step_.slots + slot) * groups;
-    const float* __restrict key = qkv + plan_.heads * k;
-    Cached* const values = keys + cache_size();
-    if constexpr (kIsInt8<Cached>) {
-      float* const value_scales = scales + scales_size();
-      for (std::int64_t g = 0; g < groups; ++g) {
-        const std::int64_t at = (row + g) * k;
-        scales[row + g] = quantize_row(key + g * k, k, &keys[at].value).scale;
-        value_scales[row + g] = quantize_row(key + (groups + g) * k, k, &values[at].value).scale;
-      }
-    } else {
-      for (std::int64_t i = 0; i < groups * k; ++i) {
-        keys[row * k + i] = narrow<Cached>(key[i]);
-        values[row * k + i] = narrow<Cached>(key[groups * k + i]);
-      }
-    }
   }
 
   void feed_forward(Team::Member& team, const PlanLayer& layer) {
@@ -438,13 +298,10 @@ class Pass {
         });
   }
 
-  const Plan& plan_;
-  const Step& step_;
-  const std::int64_t n_, d_;
-  std::int64_t longest_ = 0, chunk_ = 0, n_chunks_ = 0, row_stride_ = 0, most_experts_ = 0;
-  Token* tokens_;
-  std::int64_t *first_, *ends_;
-  float *x_, *normed_, *qkv_, *q_, *partials_;
+  const std::int64_t d_;
+  std::int64_t row_stride_ = 0, most_experts_ = 0;
+  std::int64_t* ends_;
+  float *x_, *normed_;
   std::int64_t* chosen_;
   float *odds_, *scores_;
   Slot* slots_;
@@ -456,14 +313,14 @@ class Pass {
   std::atomic<std::int64_t> n_ends_{0}, n_slots_{0}, n_hidden_blocks_{0}, channels_per_block_{0};
 };
 
-template <class Weight, class Cached>
+template <class Weight>
 void run_step(Plan& plan, const Step& step) {
   std::int64_t n_tokens = 0;
   for (std::int64_t b = 0; b < step.batch; ++b) n_tokens += step.counts[b];
   if (n_tokens == 0) return;
-  const Pass<Weight, Cached> measured(plan, step, n_tokens, {nullptr});
+  const Pass<Weight> measured(plan, step, n_tokens, {nullptr});
   char* const memory = plan.reserve(measured.used + kLineBytes);
-  Pass<Weight, Cached> pass(plan, step, n_tokens, {at_line(memory)});
+  Pass<Weight> pass(plan, step, n_tokens, {at_line(memory)});
   Team team(kLoopsPerLayer * static_cast<std::int64_t>(plan.layers.size()) + kOtherLoops);
   team.run(step.n_threads, [&](Team::Member& member) { pass.run(member); });
 }
@@ -471,24 +328,13 @@ void run_step(Plan& plan, const Step& step) {
 }  // namespace
 
 void decode_step(Plan& plan, const Step& step) {
-  const auto run = [&](auto weight) {
-    using W = decltype(weight);
-    switch (step.cache_type) {
-      case WeightType::float32:
-        return run_step<W, float>(plan, step);
-      case WeightType::bfloat16:
-        return run_step<W, BFloat16>(plan, step);
-      case WeightType::int8:
-        return run_step<W, Int8<float>>(plan, step);
-    }
-  };
   switch (plan.weights) {
     case WeightType::float32:
-      return run(float{});
+      return run_step<float>(plan, step);
     case WeightType::bfloat16:
-      return run(BFloat16{});
+      return run_step<BFloat16>(plan, step);
     case WeightType::int8:
-      return run(std::int8_t{});
+      return run_step<std::int8_t>(plan, step);
   }
 }
 
