@@ -61,7 +61,7 @@ def test_query_heads_that_vectors_do_not_divide(isa: str, shared: int, dtype: to
     generator = torch.Generator().manual_seed(0)
     q = torch.randn(1, 2, 3 * shared, 40, generator=generator).to(dtype)
     k, v = torch.randn(2, 1, 70, 3, 40, generator=generator).to(dtype)
-    rest = (torch.tensor([66]), torch.tensor([2]), 0.2, 0, 0, False)
+    rest = (torch.tensor([66]), torch.tensor([2]), 0.2, 0, 0, False, None, None)
     truth = reference.decode_attention_forward(q.double(), k.double(), v.double(), *rest)
     y = decode_attention_forward(q, k, v, *rest)
     summed = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32)
@@ -75,7 +75,7 @@ def test_the_largest_score_may_be_in_any_chunk(isa: str, last: int) -> None:
     k, v = torch.zeros(2, 1, 6 * 16384, 1, 8)  # chunks of 16,384 keys
     k[0, last * 16384 + 5] = 4.0
     v[0, last * 16384 + 5] = 3.0
-    rest = (torch.tensor([6 * 16384 - 1]), torch.tensor([1]), 1.0, 0, 0, False)
+    rest = (torch.tensor([6 * 16384 - 1]), torch.tensor([1]), 1.0, 0, 0, False, None, None)
     assert torch.equal(decode_attention_forward(q, k, v, *rest), torch.full((1, 1, 1, 8), 3.0))
 
 

@@ -14,6 +14,7 @@ import torch
 from tokenizers import Tokenizer as Backend
 
 import pyllm
+from pyllm._native import cpu_extension
 from pyllm.export import read_text_settings, write_gguf
 from pyllm.generate import SamplingConfig, generate_ids, generate_text
 from pyllm.models import Transformer
@@ -84,12 +85,19 @@ def test_llama_cpp_writes_what_pyllm_writes(tokenizer, tmp_path, variant):
     assert answer["choices"][0]["text"] == text.replace("\ufffd", "")
 
 
+def has_amx() -> bool:
+    extension = cpu_extension()
+    return extension is not None and "amx" in extension.supported_isas()
+
+
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "q8_0"])
 def test_narrow_files_are_near(tokenizer, tmp_path, dtype):
     """Within some roundings: 2^-11, 2^-8 and half of 1/127 of the largest of 32 weights.
 
     A dense model: where two experts are nearly as good, a rounding takes the other one.
     """
+    if dtype == "q8_0" and has_amx():
+        pytest.skip("ggml's AMX code crashes where GCC 12 compiled it: docs/LOG.md, 2026-11-28")
     model = lively(small(tokenizer))
     write_gguf(tmp_path / "m.gguf", model, tokenizer, dtype)
     llama = opened(tmp_path / "m.gguf", logits_all=True)

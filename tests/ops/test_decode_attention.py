@@ -181,7 +181,8 @@ def test_an_int8_ring_token_by_token(face: str) -> None:
                     q[:, new], *cache, *at, window=window, rolling=rolling, **named, **options
                 )
             )
-        torch.testing.assert_close(outs[0], outs[1])
+        # Numbers up to about 100, summed in another order.
+        torch.testing.assert_close(outs[0], outs[1], rtol=1e-5, atol=1e-4)
     assert not ring_scales.isnan().any()
 
 
