@@ -200,7 +200,7 @@ def test_instruction_sets_share_no_code(isa: str, source: Path, tmp_path: Path) 
     if compiler is None or nm is None:
         pytest.skip("c++ and nm are not on PATH")
     target = tmp_path / "kernel.o"
-    definitions = ["-DPYLLM_X86_ISAS", f"-DPYLLM_ISA={isa}", "-DNDEBUG"]
+    definitions = ["-DPYLLM_X86_ISAS", "-DPYLLM_AMX", f"-DPYLLM_ISA={isa}", "-DNDEBUG"]
     sets = AMX_FLAGS if isa == "amx" else AVX512_FLAGS
     flags = ["-std=c++17", "-O3", "-fPIC", "-fopenmp-simd", *sets, *definitions]
     subprocess.run(

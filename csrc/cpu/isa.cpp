@@ -17,9 +17,11 @@ namespace {
 constexpr std::array<const char*, 4> kNames = {"baseline", "avx2", "avx512", "amx"};
 
 bool is_built(Isa isa) {
-#ifdef PYLLM_X86_ISAS
+#if defined(PYLLM_AMX)
   (void)isa;
   return true;
+#elif defined(PYLLM_X86_ISAS)
+  return isa != Isa::amx;
 #else
   return isa == Isa::baseline;
 #endif

@@ -23,10 +23,14 @@ namespace avx2 {
 namespace avx512 {
 #include "cpu/signatures.inc"
 }
+#ifdef PYLLM_AMX
 namespace amx {
-using namespace avx512;  // NOLINT: what follows comes first
+using namespace avx512;  // what follows comes first
 #include "cpu/signatures_tiles.inc"
 }  // namespace amx
+#else
+namespace amx = avx512;  // not built, and never active
+#endif
 #endif
 
 // The active instruction set for numbers of that type: AMX multiplies bfloat16 only.
