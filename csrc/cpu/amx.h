@@ -55,6 +55,58 @@ inline void multiply_int8() {
   asm volatile("tdpbssd %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(sum), "i"(a), "i"(b));
 }
 
+template <int sum, int a, int b>
+inline void multiply_tiles(float*) {
+  multiply_bfloat16<sum, a, b>();
+}
+template <int sum, int a, int b>
+inline void multiply_tiles(std::int32_t*) {
+  multiply_int8<sum, a, b>();
+}
+
+// sums (16, 32) = A B, or += A B for `add`. A is n squares of 16 rows, a_square bytes from one to
+// the next and a_row from row to row; B as many blocks of 16 steps of 32 columns, four bytes each.
+// The squares go to two sets of sums in turn, so that each product need not wait for the one before
+// it.
+template <class Sum>
+[[gnu::noinline]] void multiply_squares(const void* a, std::int64_t a_row, std::int64_t a_square,
+                                        const void* b, std::int64_t n, bool add, Sum* sums) {
+  constexpr std::int64_t kStep = 32 * 4, kBlock = 16 * kStep;
+  constexpr int kSums = 16 * 32;
+  const char* left = static_cast<const char*>(a);
+  const char* right = static_cast<const char*>(b);
+  zero_tile<0>(), zero_tile<1>(), zero_tile<2>(), zero_tile<3>();
+  for (; n >= 2; n -= 2, left += 2 * a_square, right += 2 * kBlock) {
+    load_tile<4>(left, a_row);
+    load_tile<5>(right, kStep);
+    load_tile<6>(right + 64, kStep);
+    multiply_tiles<0, 4, 5>(sums);
+    multiply_tiles<1, 4, 6>(sums);
+    load_tile<7>(left + a_square, a_row);
+    load_tile<5>(right + kBlock, kStep);
+    load_tile<6>(right + kBlock + 64, kStep);
+    multiply_tiles<2, 7, 5>(sums);
+    multiply_tiles<3, 7, 6>(sums);
+  }
+  if (n > 0) {
+    load_tile<4>(left, a_row);
+    load_tile<5>(right, kStep);
+    load_tile<6>(right + 64, kStep);
+    multiply_tiles<0, 4, 5>(sums);
+    multiply_tiles<1, 4, 6>(sums);
+  }
+  alignas(64) Sum parts[2][kSums];
+  store_tile<0>(parts[0], kStep), store_tile<1>(parts[0] + 16, kStep);
+  store_tile<2>(parts[1], kStep), store_tile<3>(parts[1] + 16, kStep);
+  if (add) {
+#pragma omp simd
+    for (int i = 0; i < kSums; ++i) sums[i] += parts[0][i] + parts[1][i];
+  } else {
+#pragma omp simd
+    for (int i = 0; i < kSums; ++i) sums[i] = parts[0][i] + parts[1][i];
+  }
+}
+
 #else
 
 inline void claim_tiles() {}

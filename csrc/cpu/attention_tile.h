@@ -8,10 +8,7 @@
 #include "cpu/lanes.h"
 #include "cpu/numeric.h"
 #include "cpu/tile.h"
-
-#if defined(__AVX512BF16__)
-#include <immintrin.h>
-#endif
+#include "cpu/x86.h"
 
 namespace pyllm::PYLLM_ISA {
 namespace {  // the linker must not merge the instruction sets' copies

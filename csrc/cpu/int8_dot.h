@@ -20,15 +20,7 @@
 #include "cpu/count.h"
 #include "cpu/int8_row.h"
 #include "cpu/numeric.h"
-
-#if defined(__AVX2__)
-// GCC 12 reports its own header, which leaves a register undefined on purpose (bug 105593).
-#pragma GCC diagnostic push
-#pragma GCC diagnostic ignored "-Wuninitialized"
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
-#include <immintrin.h>
-#pragma GCC diagnostic pop
-#endif
+#include "cpu/x86.h"
 
 namespace pyllm::PYLLM_ISA {
 namespace {  // the linker must not merge the instruction sets' copies

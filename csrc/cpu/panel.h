@@ -211,40 +211,6 @@ class PanelRows {
 };
 
 #if defined(__AMX_INT8__)
-// sums (16, kPanelFeatures): of rows of whole 64 numbers that lie row_bytes apart. Steps go to two
-// sets of sums in turn, so that each product need not wait for the one before it.
-[[gnu::noinline]] void square_products(const char* rows, std::int64_t row_bytes, const char* panel,
-                                       std::int32_t* sums) {
-  constexpr std::int64_t kStep = 4 * kPanelFeatures, kBlock = 16 * kStep;
-  zero_tile<0>(), zero_tile<1>(), zero_tile<2>(), zero_tile<3>();
-  std::int64_t at = 0;
-  for (; at + 128 <= row_bytes; at += 128, panel += 2 * kBlock) {
-    load_tile<4>(rows + at, row_bytes);
-    load_tile<5>(panel, kStep);
-    load_tile<6>(panel + 64, kStep);
-    multiply_int8<0, 4, 5>();
-    multiply_int8<1, 4, 6>();
-    load_tile<7>(rows + at + 64, row_bytes);
-    load_tile<5>(panel + kBlock, kStep);
-    load_tile<6>(panel + kBlock + 64, kStep);
-    multiply_int8<2, 7, 5>();
-    multiply_int8<3, 7, 6>();
-  }
-  if (at < row_bytes) {
-    load_tile<4>(rows + at, row_bytes);
-    load_tile<5>(panel, kStep);
-    load_tile<6>(panel + 64, kStep);
-    multiply_int8<0, 4, 5>();
-    multiply_int8<1, 4, 6>();
-  }
-  constexpr int kSums = kPanelTokens * kPanelFeatures;
-  alignas(64) std::int32_t parts[2][kSums];
-  store_tile<0>(parts[0], kStep), store_tile<1>(parts[0] + 16, kStep);
-  store_tile<2>(parts[1], kStep), store_tile<3>(parts[1] + 16, kStep);
-#pragma omp simd
-  for (int i = 0; i < kSums; ++i) sums[i] = parts[0][i] + parts[1][i];
-}
-
 template <>
 class PanelRows<char, std::int8_t> {
  public:
@@ -264,7 +230,8 @@ class PanelRows<char, std::int8_t> {
                float (*sums)[kPanelFeatures]) const {
     const int m = static_cast<int>(n - t < kPanelTokens ? n - t : kPanelTokens);
     alignas(64) std::int32_t whole[kPanelTokens][kPanelFeatures];
-    square_products(gathered_ + t * row_bytes_, row_bytes_, panel, whole[0]);
+    multiply_squares(gathered_ + t * row_bytes_, row_bytes_, 64, panel, row_bytes_ / 64, false,
+                     whole[0]);
     for (int i = 0; i < m; ++i) {
       const float scale = header_of(rows(t + i)).scale;
 #pragma omp simd

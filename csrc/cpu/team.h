@@ -13,10 +13,7 @@
 
 #include "cpu/amx.h"
 #include "cpu/parallel.h"
-
-#if defined(__x86_64__) || defined(__i386__)
-#include <immintrin.h>
-#endif
+#include "cpu/x86.h"
 
 namespace pyllm::PYLLM_ISA {
 namespace {  // the linker must not merge the instruction sets' copies

@@ -25,10 +25,7 @@
 #include "cpu/lanes.h"
 #include "cpu/numeric.h"
 #include "cpu/transpose.h"
-
-#if defined(__AVX512BF16__)
-#include <immintrin.h>
-#endif
+#include "cpu/x86.h"
 
 namespace pyllm::PYLLM_ISA {
 namespace {  // the linker must not merge the instruction sets' copies
@@ -144,48 +141,6 @@ template <int rows, int kRowStride, int kVectors, class U>
   }
 }
 
-#if defined(__AMX_BF16__)
-// The sums of all rows of a tile. Squares go to two sets of sums in turn, so that each product need
-// not wait for the one before it.
-[[gnu::noinline]] void square_products(const Pair* a, const Pair* b, std::int64_t steps,
-                                       float* sums) {
-  constexpr int kStep = kTileColumns<float>, kSquare = 16 * kTileRows;
-  constexpr std::int64_t kRowBytes = 64, kStepBytes = kStep * sizeof(Pair);
-  constexpr std::int64_t kPart = 512;
-  for (std::int64_t begin = 0; begin == 0 || begin < steps; begin += kPart) {
-    const std::int64_t end = steps - begin < kPart ? steps : begin + kPart;
-    zero_tile<0>(), zero_tile<1>(), zero_tile<2>(), zero_tile<3>();
-    std::int64_t s = begin;
-    for (; s + 32 <= end; s += 32) {
-      load_tile<4>(a + s * kTileRows, kRowBytes);
-      load_tile<5>(b + s * kStep, kStepBytes);
-      load_tile<6>(b + s * kStep + 16, kStepBytes);
-      multiply_bfloat16<0, 4, 5>();
-      multiply_bfloat16<1, 4, 6>();
-      load_tile<7>(a + s * kTileRows + kSquare, kRowBytes);
-      load_tile<5>(b + (s + 16) * kStep, kStepBytes);
-      load_tile<6>(b + (s + 16) * kStep + 16, kStepBytes);
-      multiply_bfloat16<2, 7, 5>();
-      multiply_bfloat16<3, 7, 6>();
-    }
-    if (s < end) {
-      load_tile<4>(a + s * kTileRows, kRowBytes);
-      load_tile<5>(b + s * kStep, kStepBytes);
-      load_tile<6>(b + s * kStep + 16, kStepBytes);
-      multiply_bfloat16<0, 4, 5>();
-      multiply_bfloat16<1, 4, 6>();
-    }
-    alignas(64) float parts[2][kTileRows * kStep];
-    store_tile<0>(parts[0], kStepBytes), store_tile<1>(parts[0] + 16, kStepBytes);
-    store_tile<2>(parts[1], kStepBytes), store_tile<3>(parts[1] + 16, kStepBytes);
-    for (int i = 0; i < kTileRows * kStep; i += kLanes<float>) {
-      const Vector<float> part = load(parts[0] + i) + load(parts[1] + i);
-      store(begin == 0 ? part : load(sums + i) + part, sums + i);
-    }
-  }
-}
-#endif
-
 // A whole product of packed factors: sums[r][c] over the steps of a[step][r] * b[step][c], for the
 // first `rows` of kTileRows rows. One long sum of floats loses digits, so it is taken in parts:
 // short ones where a tile has few rows and waits for memory anyway.
@@ -193,7 +148,15 @@ template <class U>
 inline void tile_products(int rows, const U* a, const U* b, std::int64_t steps, SumOf<U>* sums) {
   constexpr int columns = kTileColumns<SumOf<U>>;
 #if defined(__AMX_BF16__)
-  if constexpr (kSquares<U>) return square_products(a, b, steps, sums);
+  if constexpr (kSquares<U>) {  // all rows; each part goes to two sums, and may be longer
+    constexpr std::int64_t kPart = 512, kSteps = kStepBlock<U>, kSquare = kSteps * kTileRows;
+    for (std::int64_t begin = 0; begin == 0 || begin < steps; begin += kPart) {
+      const std::int64_t here = steps - begin < kPart ? steps - begin : kPart;
+      multiply_squares(a + begin * kTileRows, kSteps * sizeof(U), kSquare * sizeof(U),
+                       b + begin * columns, here / kSteps, begin > 0, sums);
+    }
+    return;
+  }
 #endif
   const std::int64_t part = rows <= 4 ? 32 : 128;
   with_count<kTileRows>(rows, [=](auto count) {

@@ -1,6 +1,6 @@
 """A text through any cache is the text recomputed from scratch, however often a ring has turned."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import pytest
@@ -117,6 +117,14 @@ def test_blocks_of_any_length(name: str, rolling: bool, block: int) -> None:
 STEPS = ([7, 1, 0], [1, 1, 0], [1, 0, 30], [0, 25, 1], *[[1, 1, 1]] * 20, [3, 0, 17], [40, 2, 1])
 
 
+def next_of_each(ids: Tensor, starts: list[int], counts: Sequence[int]) -> Tensor:
+    """Of each row its own number of ids, from its own place on; zeros behind them."""
+    padded = torch.zeros(len(counts), max(counts), dtype=torch.long)
+    for row, (start, count) in enumerate(zip(starts, counts, strict=True)):
+        padded[row, :count] = ids[row, start : start + count]
+    return padded
+
+
 @pytest.mark.parametrize(("name", "rolling"), CACHES, ids=IDS)
 def test_rows_of_different_length(name: str, rolling: bool) -> None:
     model = make_model(CONFIGS[name])
@@ -125,9 +133,7 @@ def test_rows_of_different_length(name: str, rolling: bool) -> None:
     expected = model(ids).logits
     for counts in STEPS:
         starts = cache.lengths.tolist()
-        padded = torch.zeros(3, max(counts), dtype=torch.long)
-        for row, (start, count) in enumerate(zip(starts, counts, strict=True)):
-            padded[row, :count] = ids[row, start : start + count]
+        padded = next_of_each(ids, starts, counts)
         logits = run(model, padded, cache, counts)
         for row, (start, count) in enumerate(zip(starts, counts, strict=True)):
             if count:
@@ -280,9 +286,7 @@ def test_an_int8_cache_of_rows_of_different_length(rolling: bool) -> None:
     ids = some_ids(3, CONTEXT)
     for counts in STEPS:
         starts = together.lengths.tolist()
-        padded = torch.zeros(3, max(counts), dtype=torch.long)
-        for row, (start, count) in enumerate(zip(starts, counts, strict=True)):
-            padded[row, :count] = ids[row, start : start + count]
+        padded = next_of_each(ids, starts, counts)
         logits = run(model, padded, together, counts)
         for row, count in enumerate(counts):
             if count:
