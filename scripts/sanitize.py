@@ -31,7 +31,8 @@ EVERYTHING = (
     "not reference and not triton and not mutant and not compile and not inductor and not fake "
     "and not opcheck and not test_faces"
 )
-# Every instruction set is compiled from the same lines: the fastest runs all of the tests.
+# Every instruction set is compiled from the same lines: the fastest runs all of the tests. For
+# ThreadSanitizer there is one only (CMakeLists.txt).
 SMOKE = "cpu and (test_door or test_layout or test_deterministic)"
 
 
