@@ -200,6 +200,7 @@ def _arguments(**changes: Any) -> dict[str, Any]:
 
 
 CACHE = torch.zeros(2, 5, 2, 4)
+WORDS = CACHE.view(torch.int32).flatten()[:2]
 BAD = [
     ({"k_cache": torch.zeros(2, 5, 8)}, r"k_cache must have shape \(B, slots, G, K\)"),
     ({"k_cache": CACHE[:, :0]}, r"\(B, slots, G, K\) with slots, G, K of at least 1, got \(2, 0"),
@@ -232,6 +233,8 @@ BAD = [
     ({"k_cache": CACHE, "k": CACHE[:, 2:]}, "k_cache is written to .* got k in the same place; cl"),
     ({"v_cache": CACHE, "k": CACHE[:, :3]}, "v_cache is written to .* got k in the same place"),
     ({"v_cache": CACHE, "v": CACHE[:, 1:4]}, "v_cache is written to .* got v in the same place"),
+    ({"k_cache": CACHE, "starts": WORDS}, "k_cache is written to .* got starts in the same place"),
+    ({"v_cache": CACHE, "counts": WORDS}, "v_cache is written to .* got counts in the same place"),
     ({"face": "triton"}, "has no face 'triton' here for tensors on cpu"),
 ]
 
@@ -267,6 +270,10 @@ BAD_INT8 = [
     ({"k_scales": SCALES.mT.contiguous().mT}, "k_scales is written to and must be contiguous"),
     ({"v_scales": SCALES[:, :1].expand(2, 5, 2)}, "v_scales is written to and must be contig"),
     ({"k_scales": SCALES, "v_scales": SCALES}, "k_scales is written to .* got v_scales in the"),
+    (
+        {"k_scales": SCALES, "starts": SCALES.view(torch.int32).flatten()[:2]},
+        "k_scales is written to .* got starts in the same place",
+    ),
     ({"k_scales": SCALES.clone().requires_grad_()}, "got k_scales that require one"),
     ({"k": torch.zeros(2, 3, 2, 4).half()}, "one dtype was expected .* k torch.float16, v torch.f"),
     (
