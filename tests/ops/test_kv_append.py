@@ -154,6 +154,17 @@ def test_int8_by_hand(face: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("face", FACES)
+def test_int8_of_a_head_whose_scale_is_no_normal_number(face: str) -> None:
+    """Zeros: dividing by it would overflow, or not, as the processor has it."""
+    k = torch.full((2, 3, 2, 4), 1e-36)  # the scale is below 1.2e-38
+    arguments = _int8(k=k, v=100 * k, face=face)
+    arguments["k_cache"].fill_(9)
+    kv_append(**arguments)
+    assert not arguments["k_cache"][0, 0].any()
+    assert (arguments["v_cache"][0, 0] == 127).all()
+
+
+@pytest.mark.parametrize("face", FACES)
 def test_a_slot_that_is_used_again_has_the_new_scale(face: str) -> None:
     arguments = _int8(counts=torch.tensor([1, 1]), rolling=True, face=face)
     for start, size in ((0, 100.0), (5, 0.01), (10, 3.0)):
