@@ -65,6 +65,25 @@ def test_an_unknown_isa_is_an_error() -> None:
 
 
 @needs_extension
+@pytest.mark.skipif(sys.platform != "linux", reason="asks Linux what the process may use")
+def test_amx_is_asked_for_only_where_it_may_run() -> None:
+    """A process that may use the tiles is refused signal stacks of 8 KiB, in all of its threads."""
+    if "amx" not in cpu_extension().supported_isas():
+        pytest.skip("no AMX here")
+    code = """
+import ctypes
+from pyllm._native import cpu_extension
+cpu_extension()
+may, get_permission, amx_data = ctypes.c_ulong(), 0x1022, 18  # ARCH_GET_XCOMP_PERM
+assert ctypes.CDLL(None).syscall(158, get_permission, ctypes.byref(may)) == 0
+print(bool(may.value >> amx_data & 1))
+"""
+    for isa in ("baseline", "avx2", "avx512", "amx", ""):
+        result = run_python(code, PYLLM_ISA=isa)
+        assert result.stdout.strip() == str(isa in ("amx", "")), (isa, result.stderr)
+
+
+@needs_extension
 def test_another_build_can_be_named(tmp_path: Path) -> None:
     other = tmp_path / Path(cpu_extension().__file__).name
     shutil.copy(cpu_extension().__file__, other)

@@ -28,7 +28,8 @@ bool is_built(Isa isa) {
 }
 
 // A process has to ask for the tile registers: saving them takes 8 KiB for each thread that uses
-// them. May be denied: by an old system, or where a thread's signal stack is too small.
+// them, and from then on no thread may have a signal stack without room for that. May be denied: by
+// an old system, or where a thread's signal stack is too small.
 bool may_use_amx() {
 #if defined(PYLLM_X86_ISAS) && defined(__linux__)
   unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
@@ -79,10 +80,10 @@ Isa fastest() {
   return Isa::baseline;
 }
 
-std::atomic<Isa>& active() {
-  static std::atomic<Isa> isa{fastest()};
-  return isa;
-}
+// Chosen by set_isa or at the first use. Not before: a process that is to run on another one must
+// not have asked for the tile registers.
+constexpr int kUnset = -1;
+std::atomic<int> active{kUnset};
 
 }  // namespace
 
@@ -92,23 +93,31 @@ std::vector<std::string> supported_isas() { return names_where(is_supported); }
 
 void set_isa(const std::string& name) {
   if (name.empty()) {
-    active() = fastest();
+    active = static_cast<int>(fastest());
     return;
   }
-  const std::vector<std::string> supported = supported_isas();
-  if (std::find(supported.begin(), supported.end(), name) == supported.end()) {
+  const auto found = std::find(kNames.begin(), kNames.end(), name);
+  const auto isa = static_cast<Isa>(found - kNames.begin());
+  if (found == kNames.end() || !is_supported(isa)) {
     std::string expected;
-    for (const std::string& one : supported) expected += (expected.empty() ? "" : ", ") + one;
+    for (const std::string& one : supported_isas())
+      expected += (expected.empty() ? "" : ", ") + one;
     throw std::invalid_argument("PYLLM_ISA='" + name +
                                 "' is not an instruction set that is built and supported on this "
                                 "machine; expected one of: " +
                                 expected);
   }
-  const auto found = std::find(kNames.begin(), kNames.end(), name);
-  active() = static_cast<Isa>(found - kNames.begin());
+  active = static_cast<int>(isa);
 }
 
-Isa active_isa() { return active(); }
+Isa active_isa() {
+  int isa = active;
+  if (isa == kUnset) {
+    const int chosen = static_cast<int>(fastest());
+    if (active.compare_exchange_strong(isa, chosen)) isa = chosen;
+  }
+  return static_cast<Isa>(isa);
+}
 
 std::string active_isa_name() { return kNames[static_cast<int>(active_isa())]; }
 

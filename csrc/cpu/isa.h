@@ -18,7 +18,7 @@ enum class Isa : int { baseline, avx2, avx512, amx };
 // Instruction sets compiled into this module, the slowest first.
 std::vector<std::string> built_isas();
 
-// Those of built_isas() that this processor and operating system can run.
+// Those of built_isas() that this processor and operating system can run. Asks for AMX (isa.cpp).
 std::vector<std::string> supported_isas();
 
 // Select by name; "" selects the fastest supported one.

@@ -138,9 +138,14 @@ class DecodeStep:
 
         Returns:
             (R, V) float32: what follows the last new token of each of them, in order.
+
+        Raises:
+            ValueError: a cache of another dtype, not contiguous or without its scales.
         """
         batch, n_tokens = ids_BT.shape
         n_slots = store_L2BSGK.shape[3]
+        if store_L2BSGK.dtype == torch.int8 and scales_L2BSG is None:
+            raise ValueError("decode_step: an int8 cache needs scales, got None")
         logits_RV = None
         if n_logits:
             # Not whatever dtype and device new tensors have by default.
@@ -155,7 +160,7 @@ class DecodeStep:
             n_tokens,
             store_L2BSGK.data_ptr(),
             extension().WEIGHT_TYPES[_type_of(store_L2BSGK)],
-            _address(scales_L2BSG),
+            _floats(scales_L2BSG),
             n_slots,
             ring_of(n_slots, sinks, rolling),
             _address(logits_RV),

@@ -100,7 +100,7 @@ class KVCache:
         self._store_L2BSGK = torch.zeros(shape, dtype=dtype, device=device)
         self._scales_L2BSG: Tensor | None = None
         if quantized:
-            self._scales_L2BSG = torch.zeros(shape[:-1], device=device)
+            self._scales_L2BSG = torch.zeros(shape[:-1], dtype=torch.float32, device=device)
         self._lengths = [0] * batch
         # Of each layer and sequence, the position from which on no slot was used again.
         self._oldest = [[0] * batch for _ in range(n_layers)]

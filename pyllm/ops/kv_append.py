@@ -73,7 +73,8 @@ def kv_append(
         if autocast_dtype(k.device.type) is not None:
             k, v = k.to(k_cache.dtype), v.to(v_cache.dtype)
         check_same_dtype("kv_append", k_cache=k_cache, v_cache=v_cache, k=k, v=v)
-    check_written("kv_append", written, {"k": k, "v": v})
+    read = {"k": k, "v": v, "starts": starts, "counts": counts}
+    check_written("kv_append", written, read)
     check_positions("kv_append", starts, counts, k.shape[1], n_slots, rolling)
     chosen = choose_face("kv_append", k.device.type, face)
     torch.ops.pyllm.kv_append_forward(

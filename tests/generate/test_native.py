@@ -325,8 +325,23 @@ def test_other_defaults_of_pytorch(dtype: torch.dtype) -> None:
                 found = native(one).next_logits(ids, cache)
             assert found.dtype == torch.float32
             assert torch.equal(found, wanted)
+        assert other.new_cache(1, dtype=torch.int8).scales.dtype == torch.float32
     finally:
         torch.set_default_dtype(torch.float32)
+
+
+@torch.inference_mode()
+def test_scales_that_are_no_float32_are_refused() -> None:
+    """The kernel would write twice as many bytes as float16 has."""
+    ids, model = torch.tensor([[1, 2, 3]]), make(FAMILY["shared"])
+    step = native(model)._step
+    cache = model.new_cache(1, dtype=torch.int8)
+    at = (torch.tensor([0], dtype=torch.int32), torch.tensor([3], dtype=torch.int32))
+    for scales in (cache.scales.half(), cache.scales.double()):
+        with pytest.raises(ValueError, match=f"must be float32, got {scales.dtype}"):
+            step(ids, *at, cache.store, 0, False, 1, scales)
+    with pytest.raises(ValueError, match="decode_step: an int8 cache needs scales, got None"):
+        step(ids, *at, cache.store, 0, False, 1)
 
 
 @pytest.mark.parametrize(

@@ -154,6 +154,17 @@ def test_int8_by_hand(face: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("face", FACES)
+def test_int8_of_a_head_whose_scale_is_no_normal_number(face: str) -> None:
+    """Zeros: dividing by it would overflow, or not, as the processor has it."""
+    k = torch.full((2, 3, 2, 4), 1e-36)  # the scale is below 1.2e-38
+    arguments = _int8(k=k, v=100 * k, face=face)
+    arguments["k_cache"].fill_(9)
+    kv_append(**arguments)
+    assert not arguments["k_cache"][0, 0].any()
+    assert (arguments["v_cache"][0, 0] == 127).all()
+
+
+@pytest.mark.parametrize("face", FACES)
 def test_a_slot_that_is_used_again_has_the_new_scale(face: str) -> None:
     arguments = _int8(counts=torch.tensor([1, 1]), rolling=True, face=face)
     for start, size in ((0, 100.0), (5, 0.01), (10, 3.0)):
@@ -200,6 +211,7 @@ def _arguments(**changes: Any) -> dict[str, Any]:
 
 
 CACHE = torch.zeros(2, 5, 2, 4)
+WORDS = CACHE.view(torch.int32).flatten()[:2]
 BAD = [
     ({"k_cache": torch.zeros(2, 5, 8)}, r"k_cache must have shape \(B, slots, G, K\)"),
     ({"k_cache": CACHE[:, :0]}, r"\(B, slots, G, K\) with slots, G, K of at least 1, got \(2, 0"),
@@ -232,6 +244,8 @@ BAD = [
     ({"k_cache": CACHE, "k": CACHE[:, 2:]}, "k_cache is written to .* got k in the same place; cl"),
     ({"v_cache": CACHE, "k": CACHE[:, :3]}, "v_cache is written to .* got k in the same place"),
     ({"v_cache": CACHE, "v": CACHE[:, 1:4]}, "v_cache is written to .* got v in the same place"),
+    ({"k_cache": CACHE, "starts": WORDS}, "k_cache is written to .* got starts in the same place"),
+    ({"v_cache": CACHE, "counts": WORDS}, "v_cache is written to .* got counts in the same place"),
     ({"face": "triton"}, "has no face 'triton' here for tensors on cpu"),
 ]
 
@@ -267,6 +281,10 @@ BAD_INT8 = [
     ({"k_scales": SCALES.mT.contiguous().mT}, "k_scales is written to and must be contiguous"),
     ({"v_scales": SCALES[:, :1].expand(2, 5, 2)}, "v_scales is written to and must be contig"),
     ({"k_scales": SCALES, "v_scales": SCALES}, "k_scales is written to .* got v_scales in the"),
+    (
+        {"k_scales": SCALES, "starts": SCALES.view(torch.int32).flatten()[:2]},
+        "k_scales is written to .* got starts in the same place",
+    ),
     ({"k_scales": SCALES.clone().requires_grad_()}, "got k_scales that require one"),
     ({"k": torch.zeros(2, 3, 2, 4).half()}, "one dtype was expected .* k torch.float16, v torch.f"),
     (
