@@ -18,6 +18,7 @@
 #include "cpu/isa.h"
 #include "cpu/kernels.h"
 #include "cpu/parallel.h"
+#include "cpu/weak_symbols.h"
 #include "cpu/workspace.h"
 #include "tensor_view.h"
 
@@ -288,6 +289,9 @@ PYBIND11_MODULE(_cpu, module) {
   module.def("supported_isas", &pyllm::supported_isas);
   module.def("set_isa", &pyllm::set_isa);
   module.def("active_isa", &pyllm::active_isa_name);
+#ifdef PYLLM_WEAK_SYMBOLS
+  module.def("weak_symbols", &pyllm::weak_symbols);
+#endif
   module.def("parallel_backend", &pyllm::parallel_backend);
 
   PYLLM_DEFINE(rms_norm_forward);
