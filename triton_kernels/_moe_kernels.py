@@ -8,55 +8,7 @@ interpreter alone, which multiplies 16-bit numbers wrongly.
 
 import triton
 import triton.language as tl
-
-
-@triton.jit
-def place(n_tiles, n_columns, GROUP: tl.constexpr):
-    """(row block, column block) of this program: ``GROUP`` row blocks share what they read of the
-    right-hand side while it is in the second-level cache."""
-    program = tl.program_id(0)
-    per_group = GROUP * n_columns
-    first = program // per_group * GROUP
-    height = tl.minimum(n_tiles - first, GROUP)
-    within = program % per_group
-    return first + within % height, within // height
-
-
-@triton.jit
-def multiply(
-    a_ptr,
-    a_rows,  # (BLOCK_M,): where each row of the left-hand side starts
-    a_inside,  # (BLOCK_M,)
-    b_ptr,
-    columns,  # (BLOCK_N,)
-    n_columns,
-    depth,
-    B_BY_COLUMN: tl.constexpr,  # b is (columns, depth), else (depth, columns)
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    ACC: tl.constexpr,
-    UPCAST: tl.constexpr,
-):
-    """One block of ``a @ b``, added up in ``ACC``."""
-    steps = tl.arange(0, BLOCK_K)
-    b_inside = columns < n_columns
-    a_at = a_ptr + a_rows[:, None] + steps[None, :]
-    if B_BY_COLUMN:
-        b_at = b_ptr + columns[None, :].to(tl.int64) * depth + steps[:, None]
-    else:
-        b_at = b_ptr + steps[:, None].to(tl.int64) * n_columns + columns[None, :]
-    total = tl.zeros([BLOCK_M, BLOCK_N], dtype=ACC)
-    for start in range(0, depth, BLOCK_K):
-        inside = steps < depth - start
-        a = tl.load(a_at, mask=a_inside[:, None] & inside[None, :], other=0.0)
-        b = tl.load(b_at, mask=inside[:, None] & b_inside[None, :], other=0.0)
-        if UPCAST:
-            a, b = a.to(tl.float32), b.to(tl.float32)
-        total = tl.dot(a, b, total, input_precision="ieee")
-        a_at += BLOCK_K
-        b_at += BLOCK_K if B_BY_COLUMN else BLOCK_K * n_columns
-    return total
+from pyllm.triton_kernels._products import multiply, place
 
 
 @triton.jit
@@ -82,7 +34,7 @@ def up_kernel(
     n_tiles,
     width,
     hidden,
-    TOP_K: tl.constexpr,
+    top_k,
     GATED: tl.constexpr,
     GROUP: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -100,7 +52,7 @@ def up_kernel(
     first = tl.load(tiles_ptr + n_tiles + tile)
     ups = tl.arange(0, BLOCK_M)
     inside = first + ups < tl.load(offsets_ptr + expert + 1)
-    tokens = tl.load(order_ptr + first + ups, mask=inside, other=0) // TOP_K
+    tokens = tl.load(order_ptr + first + ups, mask=inside, other=0) // top_k
     columns = column * BLOCK_N + tl.arange(0, BLOCK_N)
     keep = inside[:, None] & (columns < hidden)[None, :]
     h_ptr += first.to(tl.int64) * hidden
@@ -170,7 +122,7 @@ def rows_kernel(
     n_tiles,
     width,
     depth,
-    TOP_K: tl.constexpr,
+    top_k,
     BY_TOKEN: tl.constexpr,  # a is (N, depth)
     BY_COLUMN: tl.constexpr,  # w is (E, width, depth)
     GROUP: tl.constexpr,
@@ -190,7 +142,7 @@ def rows_kernel(
     inside = first + ups < tl.load(offsets_ptr + expert + 1)
     columns = column * BLOCK_N + tl.arange(0, BLOCK_N)
     if BY_TOKEN:
-        tokens = tl.load(order_ptr + first + ups, mask=inside, other=0) // TOP_K
+        tokens = tl.load(order_ptr + first + ups, mask=inside, other=0) // top_k
         a_rows = tokens.to(tl.int64) * depth
     else:
         a_ptr += first.to(tl.int64) * depth
@@ -284,7 +236,7 @@ def weight_gradient_kernel(
     offsets_ptr,  # (E + 1,) int32
     height,
     width,
-    TOP_K: tl.constexpr,
+    top_k,
     LEFT_BY_TOKEN: tl.constexpr,  # left is (N, height) and right (R, width); else the reverse
     GROUP: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -306,7 +258,7 @@ def weight_gradient_kernel(
     for start in range(begin, end, BLOCK_K):
         rows = start + tl.arange(0, BLOCK_K)
         inside = rows < end
-        tokens = (tl.load(order_ptr + rows, mask=inside, other=0) // TOP_K).to(tl.int64)
+        tokens = (tl.load(order_ptr + rows, mask=inside, other=0) // top_k).to(tl.int64)
         if LEFT_BY_TOKEN:
             left_rows, right_rows = tokens, rows.to(tl.int64)
         else:
@@ -337,7 +289,7 @@ def combine_kernel(
     position_ptr,  # (N, k) int32
     out_ptr,  # (N, D)
     width,
-    TOP_K: tl.constexpr,
+    top_k,
     WEIGHTED: tl.constexpr,
     BLOCK_D: tl.constexpr,
     DOUBLE: tl.constexpr,
@@ -348,8 +300,8 @@ def combine_kernel(
     columns = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     inside = columns < width
     total = tl.zeros([BLOCK_D], dtype=ACC)
-    for choice in range(TOP_K):
-        slot = token * TOP_K + choice
+    for choice in range(top_k):
+        slot = token * top_k + choice
         row = tl.load(position_ptr + slot).to(tl.int64)
         at = rows_ptr + tl.maximum(row, 0) * width + columns
         value = tl.load(at, mask=inside, other=0.0).to(ACC)

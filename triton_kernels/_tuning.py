@@ -19,6 +19,10 @@ import torch
 import triton
 from torch import Tensor
 
+WORTH_TIMING = 2**30
+"""Multiplications of a product from which its configurations are timed: a millisecond or so on the
+smallest card."""
+
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 CARD_OPTIONS: dict[str, Any] = {} if INTERPRETED else {"enable_fp_fusion": True}
@@ -82,6 +86,7 @@ def launch(
     grid: Callable[[dict[str, Any]], tuple[int, ...]],
     key: tuple[str, ...],
     example: Tensor,
+    worth_timing: bool,
     **arguments: Any,
 ) -> None:
     """Launch ``kernel`` in the fastest of ``blocks`` for the values of the arguments in ``key``.
@@ -89,10 +94,12 @@ def launch(
     Args:
         kernel: takes ``BLOCK_M``, ``BLOCK_N`` and ``BLOCK_K``. It must not read what it writes: it
             runs many times while it is timed.
-        blocks: the configurations; some must fit every card.
+        blocks: the configurations; some must fit every card, and the first that does is taken
+            where nothing is timed.
         grid: from the constants to the number of programs.
         key: arguments for each value of which the configurations are timed again.
         example: a tensor operand, for the card and the size of an element.
+        worth_timing: whether the product is large; timing and compiling takes seconds.
         arguments: all others of the kernel.
     """
     if INTERPRETED:
@@ -102,9 +109,15 @@ def launch(
         limit = shared_memory(example.device.index)
         fits = fitting(blocks, example.element_size(), limit)
         # Timing waits for the device, which a stream that is being captured must not.
-        if len(fits) == 1 or torch.cuda.is_current_stream_capturing():
-            first = fits[0]
-            options = {"num_warps": first.warps, "num_stages": first.stages, **CARD_OPTIONS}
-            kernel[grid](**arguments, **first.constants, **options)
-        else:
+        if worth_timing and len(fits) > 1 and not torch.cuda.is_current_stream_capturing():
             _autotuned(kernel, fits, key)[grid](**arguments, **CARD_OPTIONS)
+            return
+        first = fits[0]
+        options = {"num_warps": first.warps, "num_stages": first.stages, **CARD_OPTIONS}
+        kernel[grid](**arguments, **first.constants, **options)
+
+
+def row_shape(width: int) -> tuple[int, int]:
+    """Columns and warps of a program that takes a row: eight numbers, 16 bytes, for each thread."""
+    block = min(triton.next_power_of_2(width), 1024)
+    return block, max(block // 256, 1)

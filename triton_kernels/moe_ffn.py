@@ -26,8 +26,16 @@ import torch
 import triton
 from pyllm.triton_kernels import _moe_kernels as kernels
 from pyllm.triton_kernels import _routing
-from pyllm.triton_kernels._tuning import CARD_OPTIONS, INTERPRETED, SMALL, Blocks, launch
-from pyllm.triton_kernels._variants import Variant
+from pyllm.triton_kernels._tuning import (
+    CARD_OPTIONS,
+    INTERPRETED,
+    SMALL,
+    WORTH_TIMING,
+    Blocks,
+    launch,
+    row_shape,
+)
+from pyllm.triton_kernels._variants import ITEM_SIZES, Variant, products, variant
 from torch import Tensor
 
 GROUP = 8
@@ -76,7 +84,11 @@ WEIGHT_GRADIENT = {
 }
 
 
-def rows_of_block(n_rows: int, n_experts: int, sizes: Any, least: int = 16) -> int:
+LEAST_BACKWARD_ROWS = 32
+"""Training has more rows than decoding: the backward has no lower row blocks."""
+
+
+def rows_of_block(n_rows: int, n_experts: int, sizes: Any, least: int = 0) -> int:
     """How tall a row block is: one for an average expert if it is small, then the tallest."""
     if INTERPRETED:
         return SMALL.m
@@ -113,6 +125,7 @@ def moe_ffn_forward(
         lambda c: (tiles.shape[1] * triton.cdiv(hidden, c["BLOCK_N"]),),
         ("width", "hidden"),
         x_ND,
+        n_rows * width * hidden >= WORTH_TIMING,
         x_ptr=x_ND,
         w_ptr=w_in_EFD,
         pre_ptr=pre_RF,
@@ -123,7 +136,7 @@ def moe_ffn_forward(
         n_tiles=tiles.shape[1],
         width=width,
         hidden=hidden,
-        TOP_K=top_k,
+        top_k=top_k,
         GATED=gated,
         **_shared_constants(x_ND),
     )
@@ -159,13 +172,13 @@ def moe_ffn_backward(
     if n_rows == 0:
         return dx_ND.zero_(), dw_in.zero_(), dw_out.zero_(), dweights_NA
     size = x_ND.element_size()
-    block_m = rows_of_block(n_rows, n_experts, ROWS[size], least=32)
+    block_m = rows_of_block(n_rows, n_experts, ROWS[size], LEAST_BACKWARD_ROWS)
     tiles = _routing.list_tiles(offsets_E1, n_rows, block_m)
     dh_RF = x_ND.new_empty(n_rows, hidden)
     rows = {"tiles": tiles, "block_m": block_m, "order_R": order_R, "offsets_E1": offsets_E1}
     _multiply_rows(dy_ND, w_out_EDF, dh_RF, by_column=False, by_token=top_k, **rows)
     dpre_RF = torch.empty_like(pre_RF)
-    block, warps = _row_shape(hidden)
+    block, warps = row_shape(hidden)
     kernels.activation_gradient_kernel[(n_rows,)](
         dh_RF,
         pre_RF,
@@ -226,6 +239,7 @@ def _multiply_rows(
         lambda c: (tiles.shape[1] * triton.cdiv(width, c["BLOCK_N"]),),
         ("width", "depth", "BY_TOKEN", "BY_COLUMN"),
         a,
+        out_RD.numel() * a.shape[1] >= WORTH_TIMING,
         a_ptr=a,
         w_ptr=w,
         out_ptr=out_RD,
@@ -235,7 +249,7 @@ def _multiply_rows(
         n_tiles=tiles.shape[1],
         width=width,
         depth=a.shape[1],
-        TOP_K=max(by_token, 1),
+        top_k=max(by_token, 1),
         BY_TOKEN=by_token > 0,
         BY_COLUMN=by_column,
         **_shared_constants(a),
@@ -261,6 +275,7 @@ def _weight_gradient(
         ),
         ("height", "width", "LEFT_BY_TOKEN"),
         left,
+        order_R.numel() * height * width >= WORTH_TIMING,
         left_ptr=left,
         right_ptr=right,
         out_ptr=out,
@@ -268,7 +283,7 @@ def _weight_gradient(
         offsets_ptr=offsets_E1,
         height=height,
         width=width,
-        TOP_K=top_k,
+        top_k=top_k,
         LEFT_BY_TOKEN=left_by_token,
         **_shared_constants(left),
     )
@@ -278,14 +293,14 @@ def _combine(
     rows_RD: Tensor, weights_NA: Tensor | None, position_NA: Tensor, out_ND: Tensor
 ) -> None:
     width = out_ND.shape[1]
-    block, warps = _row_shape(width)
+    block, warps = row_shape(width)
     kernels.combine_kernel[(out_ND.shape[0], triton.cdiv(width, block))](
         rows_RD,
         position_NA if weights_NA is None else weights_NA.contiguous(),
         position_NA,
         out_ND,
         width,
-        TOP_K=position_NA.shape[1],
+        top_k=position_NA.shape[1],
         WEIGHTED=weights_NA is not None,
         BLOCK_D=block,
         DOUBLE=out_ND.dtype == torch.float64,
@@ -294,14 +309,7 @@ def _combine(
     )
 
 
-def _row_shape(width: int) -> tuple[int, int]:
-    """Columns and warps of a program: eight numbers, 16 bytes of 16-bit ones, for each thread."""
-    block = min(triton.next_power_of_2(width), 1024)
-    return block, max(block // 256, 1)
-
-
-_SIZES = {"fp32": 4, "bf16": 2, "fp16": 2}
-_NAMED_TYPES = {
+_TYPES = {
     "order_ptr": "*i32",
     "offsets_ptr": "*i32",
     "tiles_ptr": "*i32",
@@ -312,65 +320,46 @@ _NAMED_TYPES = {
 
 
 def variants(dtype: str) -> Iterator[Variant]:
-    """Every configuration of every kernel, with two experts a token and widths of 16 times n."""
-    size = _SIZES[dtype]
-    matrix = {"TOP_K": 2, "GROUP": GROUP, "DOUBLE": False, "UPCAST": False}
+    """Every configuration of every kernel."""
+    size, double = ITEM_SIZES[dtype], dtype == "fp64"
     if dtype == "fp32":  # the sort knows no dtype
         yield from _routing.variants()
-
-    def products(kernel: Any, name: str, listed: tuple[Blocks, ...], **constants: Any) -> Any:
-        for one in listed:
-            yield _variant(
-                f"{name}-{one.m}x{one.n}x{one.k}-{one.warps}-{one.stages}",
-                kernel,
-                dtype,
-                {**matrix, **constants, **one.constants},
-                num_warps=one.warps,
-                num_stages=one.stages,
-                mma=size == 2,
-                shared=one.shared(size),
-            )
-
-    for gated in (False, True):
-        up = UP_GATED if gated else ROWS
-        name = "gated" if gated else "plain"
-        for listed in up[size].values():
-            yield from products(kernels.up_kernel, f"up-{name}", listed, GATED=gated)
-    # Forward's second product; both of the backward.
+    for gated, table in ((False, ROWS), (True, UP_GATED)):
+        constants = {"GATED": gated, "GROUP": GROUP}
+        for blocks in table[size].values():
+            yield from products(f"up-{gated}", kernels.up_kernel, dtype, blocks, constants, _TYPES)
+    # The forward's second product; then both of the backward, which has no low row blocks.
     for by_token, by_column in ((False, True), (True, False), (False, False)):
-        for listed in ROWS[size].values():
-            if listed[0].m >= 32 or by_column:
-                name = f"rows-{by_token}-{by_column}"
-                flags = {"BY_TOKEN": by_token, "BY_COLUMN": by_column}
-                yield from products(kernels.rows_kernel, name, listed, **flags)
+        constants = {"BY_TOKEN": by_token, "BY_COLUMN": by_column, "GROUP": GROUP}
+        name = f"rows-{by_token}-{by_column}"
+        for block_m, blocks in ROWS[size].items():
+            if block_m >= LEAST_BACKWARD_ROWS or by_column:
+                yield from products(name, kernels.rows_kernel, dtype, blocks, constants, _TYPES)
     for by_token in (False, True):
-        listed = WEIGHT_GRADIENT[size]
-        flags = {"LEFT_BY_TOKEN": by_token}
-        yield from products(kernels.weight_gradient_kernel, f"weights-{by_token}", listed, **flags)
+        yield from products(
+            f"weights-{by_token}",
+            kernels.weight_gradient_kernel,
+            dtype,
+            WEIGHT_GRADIENT[size],
+            {"LEFT_BY_TOKEN": by_token, "GROUP": GROUP},
+            _TYPES,
+        )
     for width in (100, 2048):
-        block, warps = _row_shape(width)
+        block, warps = row_shape(width)
         for flag in (False, True):
-            constants = {"TOP_K": 2, "WEIGHTED": flag, "BLOCK_D": block, "DOUBLE": False}
-            name = f"combine-{width}-{flag}"
-            yield _variant(name, kernels.combine_kernel, dtype, constants, num_warps=warps)
-            constants = {"GATED": flag, "BLOCK": block, "DOUBLE": False}
-            name, kernel = f"activation-{width}-{flag}", kernels.activation_gradient_kernel
-            yield _variant(name, kernel, dtype, constants, num_warps=warps)
-
-
-def _variant(
-    name: str, kernel: Any, dtype: str, constants: dict[str, Any], **options: Any
-) -> Variant:
-    """Its signature from the names of the kernel's arguments; all rows are aligned."""
-    names = [each for each in kernel.arg_names if each not in constants]
-    constants = {each: constants[each] for each in kernel.arg_names if each in constants}
-    signature = {
-        each: _NAMED_TYPES.get(each, f"*{dtype}") if each.endswith("_ptr") else "i32"
-        for each in names
-    }
-    aligned = tuple(
-        each
-        for each in names
-        if each.endswith("_ptr") or each in ("width", "height", "hidden", "depth")
-    )
-    return Variant(name, kernel, signature, constants, aligned=aligned, **options)
+            yield variant(
+                f"combine-{width}-{flag}",
+                kernels.combine_kernel,
+                dtype,
+                {"WEIGHTED": flag, "BLOCK_D": block, "DOUBLE": double},
+                _TYPES,
+                num_warps=warps,
+            )
+            yield variant(
+                f"activation-{width}-{flag}",
+                kernels.activation_gradient_kernel,
+                dtype,
+                {"GATED": flag, "BLOCK": block, "DOUBLE": double},
+                _TYPES,
+                num_warps=warps,
+            )
