@@ -106,7 +106,7 @@ def loss_kernel(
         total += part * tl.exp(tl.load(at, mask=inside, other=0.0) - shift)
         at += n_rows
         sum_at += n_rows
-    lse = shift + tl.log(total)
+    lse = shift + tl.log(tl.where(inside, total, 1.0))
     targets = tl.load(targets_ptr + rows, mask=inside, other=0)
     picked = tl.load(picked_ptr + rows, mask=inside, other=0.0)
     tl.store(lse_ptr + rows, lse, mask=inside)
@@ -157,6 +157,7 @@ def logit_gradient_kernel(
     )
     targets = tl.load(targets_ptr + rows, mask=inside, other=ignore_index)
     lse = tl.load(lse_ptr + rows, mask=inside, other=0.0)
+    z = tl.where((words < n_words)[None, :], z, float("-inf"))
     hit = (words[None, :] + first_word) == targets[:, None]
     dz = tl.exp(z - lse[:, None]) - tl.where(hit, 1.0, 0.0)
     dz *= tl.where(targets == ignore_index, 0.0, 1.0)[:, None]  # a NaN is not hidden
@@ -224,25 +225,27 @@ def scale_kernel(
     width,
     ignore_index,
     RELATIVE: tl.constexpr,  # divide by the largest
-    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
     DOUBLE: tl.constexpr,
 ):
     """The sum of a row's parts, in their order, times its ``dloss``; 0 for a row without loss."""
     ACC: tl.constexpr = tl.float64 if DOUBLE else tl.float32
-    row = tl.program_id(0).to(tl.int64)
-    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = columns < width
-    total = tl.zeros([BLOCK], dtype=ACC)
-    at = rows_ptr + row * width + columns
-    to_next = (row - row + n_rows) * width  # 64 bits
-    for _ in range(n_parts):
+    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    known = rows < n_rows
+    inside = known[:, None] & (columns < width)[None, :]
+    total = tl.zeros([ROWS, COLUMNS], dtype=ACC)
+    for part in range(n_parts):
+        at = rows_ptr + (rows + part * n_rows)[:, None] * width + columns[None, :]
         total += tl.load(at, mask=inside, other=0.0).to(ACC)
-        at += to_next
-    factor = tl.load(dloss_ptr + row)
+    factor = tl.load(dloss_ptr + rows, mask=known, other=0.0)
     if RELATIVE:
         factor = factor / tl.load(largest_ptr)
-    total *= tl.where(tl.load(targets_ptr + row) == ignore_index, 0.0, factor)
-    tl.store(out_ptr + row * width + columns, total.to(out_ptr.dtype.element_ty), mask=inside)
+    targets = tl.load(targets_ptr + rows, mask=known, other=ignore_index)
+    total *= tl.where(targets == ignore_index, 0.0, factor)[:, None]
+    at = out_ptr + rows[:, None] * width + columns[None, :]
+    tl.store(at, total.to(out_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit

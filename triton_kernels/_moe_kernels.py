@@ -1,4 +1,4 @@
-"""The matrix products of ``moe_ffn`` over the rows of each expert, and the sums around them.
+"""The matrix products of ``moe_ffn`` over the rows of each expert, and what goes on around them.
 
 A program of a row product takes one entry of the list that ``_routing.list_tiles`` makes, an expert
 and its first row, and one block of columns; it leaves where the list has ended. All loads are
@@ -13,7 +13,9 @@ from pyllm.triton_kernels._products import multiply, place
 
 @triton.jit
 def sigmoid(x):
-    return 1.0 / (1.0 + tl.exp(-x))
+    """Without an exponential that is infinite."""
+    e = tl.exp(-tl.abs(x))
+    return tl.where(x < 0.0, e, 1.0) / (1.0 + e)
 
 
 @triton.jit
@@ -180,51 +182,51 @@ def activation_gradient_kernel(
     n_experts,
     hidden,
     GATED: tl.constexpr,
-    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
     DOUBLE: tl.constexpr,
 ):
-    """All that a row of ``dh = dy @ w_out``, not yet weighted, leads to; a program for each row.
+    """All that ``dh = dy @ w_out``, not yet weighted, leads to, row by row.
 
     Through the activation to ``dpre``; the routing weight's gradient ``<dh, h>``; and ``h`` times
     the weight, of which w_out's gradient is made.
     """
     ACC: tl.constexpr = tl.float64 if DOUBLE else tl.float32
-    row = tl.program_id(0).to(tl.int64)
-    if row >= tl.load(offsets_ptr + n_experts):
-        return  # the choice of an expert that does not exist
-    slot = tl.load(order_ptr + row)
-    weight = tl.load(weights_ptr + slot).to(ACC)
-    dh_ptr += row * hidden
-    pre_ptr += row * hidden
-    dpre_ptr += row * hidden
-    if GATED:
-        pre_ptr += row * hidden
-        dpre_ptr += row * hidden
-    sums = tl.zeros([BLOCK], dtype=ACC)
-    for start in range(0, hidden, BLOCK):
-        columns = start + tl.arange(0, BLOCK)
-        inside = columns < hidden
-        dh = tl.load(dh_ptr + columns, mask=inside, other=0.0).to(ACC)
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    # Rows after the last are those of experts that do not exist.
+    known = rows < tl.load(offsets_ptr + n_experts)
+    slots = tl.load(order_ptr + rows, mask=known, other=0)
+    weight = tl.load(weights_ptr + slots, mask=known, other=0.0).to(ACC)[:, None]
+    dh_rows = rows[:, None].to(tl.int64) * hidden
+    pre_rows = dh_rows * 2 if GATED else dh_rows
+    sums = tl.zeros([ROWS, COLUMNS], dtype=ACC)
+    for start in range(0, hidden, COLUMNS):
+        columns = start + tl.arange(0, COLUMNS)[None, :]
+        inside = known[:, None] & (columns < hidden)
+        dh = tl.load(dh_ptr + dh_rows + columns, mask=inside, other=0.0).to(ACC)
+        pre_at = pre_ptr + pre_rows + columns
+        dpre_at = dpre_ptr + pre_rows + columns
         if GATED:
-            gate = tl.load(pre_ptr + columns, mask=inside, other=0.0).to(ACC)
-            up = tl.load(pre_ptr + hidden + columns, mask=inside, other=0.0).to(ACC)
+            gate = tl.load(pre_at, mask=inside, other=0.0).to(ACC)
+            up = tl.load(pre_at + hidden, mask=inside, other=0.0).to(ACC)
             s = sigmoid(gate)
             h = gate * s * up
             dgate = dh * weight * up * s * (1.0 + gate * (1.0 - s))
             dup = dh * weight * gate * s
-            tl.store(dpre_ptr + columns, dgate.to(dpre_ptr.dtype.element_ty), mask=inside)
-            tl.store(dpre_ptr + hidden + columns, dup.to(dpre_ptr.dtype.element_ty), mask=inside)
+            tl.store(dpre_at, dgate.to(dpre_ptr.dtype.element_ty), mask=inside)
+            tl.store(dpre_at + hidden, dup.to(dpre_ptr.dtype.element_ty), mask=inside)
         else:
-            pre = tl.load(pre_ptr + columns, mask=inside, other=0.0).to(ACC)
+            pre = tl.load(pre_at, mask=inside, other=0.0).to(ACC)
             s = gelu_gate(pre)
             h = pre * s
             slope = 1.5957691216057308 * (1.0 + 3.0 * 0.044715 * pre * pre)
             dpre = dh * weight * (s + pre * (s * (1.0 - s)) * slope)
-            tl.store(dpre_ptr + columns, dpre.to(dpre_ptr.dtype.element_ty), mask=inside)
+            tl.store(dpre_at, dpre.to(dpre_ptr.dtype.element_ty), mask=inside)
         sums += dh * h
-        tl.store(dh_ptr + columns, (h * weight).to(dh_ptr.dtype.element_ty), mask=inside)
-    dweight = tl.sum(sums, axis=0)
-    tl.store(dweights_ptr + slot, dweight.to(dweights_ptr.dtype.element_ty))
+        h = (h * weight).to(dh_ptr.dtype.element_ty)
+        tl.store(dh_ptr + dh_rows + columns, h, mask=inside)
+    dweights = tl.sum(sums, axis=1).to(dweights_ptr.dtype.element_ty)
+    tl.store(dweights_ptr + slots, dweights, mask=known)
 
 
 @triton.jit
@@ -288,25 +290,29 @@ def combine_kernel(
     weights_ptr,  # (N, k), or unused
     position_ptr,  # (N, k) int32
     out_ptr,  # (N, D)
+    n_tokens,
     width,
     top_k,
     WEIGHTED: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
     DOUBLE: tl.constexpr,
 ):
     """Each token's sum over its rows, in the order of its choices."""
     ACC: tl.constexpr = tl.float64 if DOUBLE else tl.float32
-    token = tl.program_id(0).to(tl.int64)
-    columns = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    inside = columns < width
-    total = tl.zeros([BLOCK_D], dtype=ACC)
+    tokens = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    known = tokens < n_tokens
+    inside = known[:, None] & (columns < width)[None, :]
+    total = tl.zeros([ROWS, COLUMNS], dtype=ACC)
     for choice in range(top_k):
-        slot = token * top_k + choice
-        row = tl.load(position_ptr + slot).to(tl.int64)
-        at = rows_ptr + tl.maximum(row, 0) * width + columns
+        slots = tokens * top_k + choice
+        rows = tl.load(position_ptr + slots, mask=known, other=0).to(tl.int64)[:, None]
+        at = rows_ptr + tl.maximum(rows, 0) * width + columns[None, :]
         value = tl.load(at, mask=inside, other=0.0).to(ACC)
-        value = tl.where(row >= 0, value, float("nan"))  # there is no such expert
+        value = tl.where(rows >= 0, value, float("nan"))  # there is no such expert
         if WEIGHTED:
-            value *= tl.load(weights_ptr + slot).to(ACC)
+            value *= tl.load(weights_ptr + slots, mask=known, other=0.0).to(ACC)[:, None]
         total += value
-    tl.store(out_ptr + token * width + columns, total.to(out_ptr.dtype.element_ty), mask=inside)
+    at = out_ptr + tokens[:, None] * width + columns[None, :]
+    tl.store(at, total.to(out_ptr.dtype.element_ty), mask=inside)

@@ -117,7 +117,8 @@ def launch(
         kernel[grid](**arguments, **first.constants, **options)
 
 
-def row_shape(width: int) -> tuple[int, int]:
-    """Columns and warps of a program that takes a row: eight numbers, 16 bytes, for each thread."""
-    block = min(triton.next_power_of_2(width), 1024)
-    return block, max(block // 256, 1)
+def row_shape(width: int) -> dict[str, int]:
+    """Rows and columns of a program that walks along rows: eight numbers for each thread of four
+    warps, 16 bytes of the 16-bit ones."""
+    columns = min(triton.next_power_of_2(width), 1024)
+    return {"ROWS": min(1024 // columns, 64), "COLUMNS": columns}

@@ -63,22 +63,14 @@ UP_GATED = {
 ROWS = {
     2: {
         16: (Blocks(16, 128, 64, 4, 4),),
-        64: (Blocks(64, 128, 64, 4, 3), Blocks(64, 256, 64, 8, 3)),
-        128: (
-            Blocks(128, 128, 64, 8, 3),
-            Blocks(128, 128, 64, 8, 4),
-            Blocks(128, 256, 64, 8, 3),
-        ),
+        64: (Blocks(64, 128, 64, 4, 3),),
+        128: (Blocks(128, 128, 64, 8, 3), Blocks(128, 256, 64, 8, 3)),
     },
     4: {64: (Blocks(64, 64, 16, 4, 2),)},
     8: {32: (Blocks(32, 32, 16, 4, 2),)},
 }
 WEIGHT_GRADIENT = {
-    2: (
-        Blocks(128, 128, 64, 8, 4, indirect=True),
-        Blocks(128, 128, 64, 8, 5, indirect=True),
-        Blocks(128, 256, 64, 8, 5, indirect=True),
-    ),
+    2: (Blocks(128, 128, 64, 8, 5, indirect=True), Blocks(128, 256, 64, 8, 5, indirect=True)),
     4: (Blocks(64, 64, 16, 4, 2, indirect=True),),
     8: (Blocks(32, 32, 16, 4, 2, indirect=True),),
 }
@@ -178,8 +170,8 @@ def moe_ffn_backward(
     rows = {"tiles": tiles, "block_m": block_m, "order_R": order_R, "offsets_E1": offsets_E1}
     _multiply_rows(dy_ND, w_out_EDF, dh_RF, by_column=False, by_token=top_k, **rows)
     dpre_RF = torch.empty_like(pre_RF)
-    block, warps = row_shape(hidden)
-    kernels.activation_gradient_kernel[(n_rows,)](
+    shape = row_shape(hidden)
+    kernels.activation_gradient_kernel[(triton.cdiv(n_rows, shape["ROWS"]),)](
         dh_RF,
         pre_RF,
         weights_NA,
@@ -190,9 +182,8 @@ def moe_ffn_backward(
         n_experts,
         hidden,
         GATED=activation == "swiglu",
-        BLOCK=block,
         DOUBLE=x_ND.dtype == torch.float64,
-        num_warps=warps,
+        **shape,
         **CARD_OPTIONS,
     )
     h_RF = dh_RF  # by now times their routing weights
@@ -292,19 +283,21 @@ def _weight_gradient(
 def _combine(
     rows_RD: Tensor, weights_NA: Tensor | None, position_NA: Tensor, out_ND: Tensor
 ) -> None:
-    width = out_ND.shape[1]
-    block, warps = row_shape(width)
-    kernels.combine_kernel[(out_ND.shape[0], triton.cdiv(width, block))](
+    n_tokens, width = out_ND.shape
+    shape = row_shape(width)
+    kernels.combine_kernel[
+        (triton.cdiv(n_tokens, shape["ROWS"]), triton.cdiv(width, shape["COLUMNS"]))
+    ](
         rows_RD,
         position_NA if weights_NA is None else weights_NA.contiguous(),
         position_NA,
         out_ND,
+        n_tokens,
         width,
-        top_k=position_NA.shape[1],
+        position_NA.shape[1],
         WEIGHTED=weights_NA is not None,
-        BLOCK_D=block,
         DOUBLE=out_ND.dtype == torch.float64,
-        num_warps=warps,
+        **shape,
         **CARD_OPTIONS,
     )
 
@@ -345,21 +338,19 @@ def variants(dtype: str) -> Iterator[Variant]:
             _TYPES,
         )
     for width in (100, 2048):
-        block, warps = row_shape(width)
+        shape = {**row_shape(width), "DOUBLE": double}
         for flag in (False, True):
             yield variant(
                 f"combine-{width}-{flag}",
                 kernels.combine_kernel,
                 dtype,
-                {"WEIGHTED": flag, "BLOCK_D": block, "DOUBLE": double},
+                {"WEIGHTED": flag, **shape},
                 _TYPES,
-                num_warps=warps,
             )
             yield variant(
                 f"activation-{width}-{flag}",
                 kernels.activation_gradient_kernel,
                 dtype,
-                {"GATED": flag, "BLOCK": block, "DOUBLE": double},
+                {"GATED": flag, **shape},
                 _TYPES,
-                num_warps=warps,
             )
