@@ -39,6 +39,9 @@ def span_kernel(
     rows = tl.program_id(0) % n_blocks * BLOCK_M + tl.arange(0, BLOCK_M)
     inside = rows < n_rows
     targets = tl.load(targets_ptr + rows, mask=inside, other=-1)
+    mine = (targets >= span * SPAN) & (targets < tl.minimum(span * SPAN + SPAN, n_words))
+    # 32 bits: compared with every word of a block, 64 would take half the registers.
+    targets = tl.where(mine, targets, -1).to(tl.int32)
     maximum = tl.full([BLOCK_M], float("-inf"), dtype=ACC)
     total = tl.zeros([BLOCK_M], dtype=ACC)
     picked = tl.zeros([BLOCK_M], dtype=ACC)
@@ -70,7 +73,6 @@ def span_kernel(
     at = span.to(tl.int64) * n_rows + rows
     tl.store(maximum_ptr + at, maximum, mask=inside)
     tl.store(sum_ptr + at, total, mask=inside)
-    mine = inside & (targets >= first) & (targets < last)
     tl.store(picked_ptr + rows, picked, mask=mine)
 
 
@@ -158,7 +160,8 @@ def logit_gradient_kernel(
     targets = tl.load(targets_ptr + rows, mask=inside, other=ignore_index)
     lse = tl.load(lse_ptr + rows, mask=inside, other=0.0)
     z = tl.where((words < n_words)[None, :], z, float("-inf"))
-    hit = (words[None, :] + first_word) == targets[:, None]
+    mine = (targets >= first_word) & (targets < first_word + n_words)
+    hit = words[None, :] == tl.where(mine, targets - first_word, -1).to(tl.int32)[:, None]
     dz = tl.exp(z - lse[:, None]) - tl.where(hit, 1.0, 0.0)
     dz *= tl.where(targets == ignore_index, 0.0, 1.0)[:, None]  # a NaN is not hidden
     dz_ptr += (row_block * BLOCK_M).to(tl.int64) * stride
