@@ -6,11 +6,13 @@ of rows by the block's program and over the blocks afterwards, always in the sam
 so a run gives the same bits every time.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
+from pyllm.triton_kernels._variants import Variant
 from torch import Tensor
 
 LONGEST_ROW = 16384
@@ -184,3 +186,42 @@ def rms_norm_backward(dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor) -> tu
         **options,
     )
     return dx, partial.sum(0).to(weight.dtype)
+
+
+def variants(dtype: str) -> Iterator[Variant]:
+    """Both kernels at a short, a usual, a long and the longest row."""
+    pointer = f"*{dtype}"
+    for width in (100, 2048, 2 * WHOLE_ROW, LONGEST_ROW):
+        options = launch_options(width)
+        yield Variant(
+            f"forward-{width}",
+            forward_kernel,
+            {
+                "x_ptr": pointer,
+                "weight_ptr": pointer,
+                "y_ptr": pointer,
+                "rstd_ptr": "*fp32",
+                "width": "i32",
+                "eps": "fp32",
+            },
+            {"BLOCK_D": options["BLOCK_D"], "DOUBLE": False},
+            num_warps=options["num_warps"],
+        )
+        kernel, options = backward_kernel_for(width)
+        yield Variant(
+            f"backward-{width}",
+            kernel,
+            {
+                "dy_ptr": pointer,
+                "x_ptr": pointer,
+                "weight_ptr": pointer,
+                "rstd_ptr": "*fp32",
+                "dx_ptr": pointer,
+                "partial_ptr": "*fp32",
+                "rows": "i32",
+                "width": "i32",
+                "rows_per_block": "i32",
+            },
+            {"BLOCK_D": options["BLOCK_D"], "DOUBLE": False},
+            num_warps=options["num_warps"],
+        )

@@ -1,116 +1,98 @@
 """Compile the Triton kernels for real cards without one, and print what the assembler says.
 
 Run as a program of its own, since ``TRITON_INTERPRET`` must not be set when triton is imported:
-``python tests/ops/triton_compile.py`` prints one JSON object per kernel, card, dtype and width.
+``python tests/ops/triton_compile.py moe_ffn bf16 90`` prints one JSON object per variant (see
+``triton_kernels/_variants.py``). Operations, dtypes and compute capabilities are all of them where
+none is named.
 """
 
+import contextlib
+import io
 import json
+import os
 import re
-import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
+os.environ["TRITON_DUMP_PTXAS_LOG"] = "1"
+
 import triton
-from pyllm.triton_kernels import rms_norm
+from pyllm.triton_kernels._variants import Variant
 from triton.backends.compiler import GPUTarget
-from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
-CAPABILITIES = (80, 86, 90)
-WIDTHS = (100, 2048, 8192, 16384)
+from pyllm.ops._registry import face_module
+from pyllm.testing import OPERATIONS
+
+CAPABILITIES = (80, 86, 89, 90)
 DTYPES = ("fp32", "bf16", "fp16")
+LIMITS = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024}
+"""Bytes of shared memory a block may have (CUDA C++ programming guide, compute capabilities)."""
+
+MMA = re.compile(r"\b(?:mma\.sync|wgmma\.mma_async)\b")
 
 
-def sources(dtype: str, width: int) -> Iterator[tuple[str, Any, dict[str, int], dict[str, str]]]:
-    """(name, kernel, launch options, type of each argument)."""
-    pointer = f"*{dtype}"
-    yield (
-        "rms_norm_forward",
-        rms_norm.forward_kernel,
-        rms_norm.launch_options(width),
-        {
-            "x_ptr": pointer,
-            "weight_ptr": pointer,
-            "y_ptr": pointer,
-            "rstd_ptr": "*fp32",
-            "width": "i32",
-            "eps": "fp32",
+def compile_variant(variant: Variant, capability: int) -> dict[str, Any]:
+    """What came of it: shared memory, spilled bytes, registers, tensor-core instructions."""
+    names = variant.kernel.arg_names
+    source = ASTSource(
+        fn=variant.kernel,
+        # In the order of the parameters: Triton counts on it.
+        signature={
+            name: "constexpr" if name in variant.constants else variant.signature[name]
+            for name in names
         },
+        constexprs=variant.constants,
+        attrs={(names.index(name),): [["tt.divisibility", 16]] for name in variant.aligned},
     )
-    yield (
-        "rms_norm_backward",
-        *rms_norm.backward_kernel_for(width),
-        {
-            "dy_ptr": pointer,
-            "x_ptr": pointer,
-            "weight_ptr": pointer,
-            "rstd_ptr": "*fp32",
-            "dx_ptr": pointer,
-            "partial_ptr": "*fp32",
-            "rows": "i32",
-            "width": "i32",
-            "rows_per_block": "i32",
-        },
-    )
-
-
-def spilled_bytes(ptx: str, capability: int) -> int:
-    """Bytes of registers that ptxas had to spill."""
-    with tempfile.TemporaryDirectory() as folder:
-        source = Path(folder) / "kernel.ptx"
-        source.write_text(ptx)
-        command = [
-            get_ptxas(capability).path,
-            "-v",
-            f"-arch=sm_{capability}",
+    report = io.StringIO()
+    # A cached result comes without the assembler's report.
+    with tempfile.TemporaryDirectory() as cache, contextlib.redirect_stdout(report):
+        os.environ["TRITON_CACHE_DIR"] = cache
+        compiled = triton.compile(
             source,
-            "-o",
-            source.with_suffix(""),
-        ]
-        # An `a` suffix (sm_90a) in the PTX must be repeated to the assembler.
-        if target := re.search(r"\.target (sm_\w+)", ptx):
-            command[2] = f"-arch={target[1]}"
-        result = subprocess.run(command, capture_output=True, text=True)
-        if result.returncode:
-            raise RuntimeError(f"ptxas: {result.stdout}{result.stderr}")
-        report = result.stderr + result.stdout
-    return sum(int(size) for size in re.findall(r"(\d+) bytes spill stores", report))
+            target=GPUTarget("cuda", capability, 32),
+            options={"num_warps": variant.num_warps, "num_stages": variant.num_stages},
+        )
+    spilled = re.findall(r"(\d+) bytes spill stores", report.getvalue())
+    registers = re.findall(r"Used (\d+) registers", report.getvalue())
+    if not spilled or not registers:
+        raise RuntimeError(f"the assembler reported nothing: {report.getvalue()!r}")
+    return {
+        "shared": compiled.metadata.shared,
+        "limit": LIMITS[capability],
+        "spilled": sum(map(int, spilled)),
+        "registers": max(map(int, registers)),
+        "mma": len(MMA.findall(compiled.asm["ptx"])),
+    }
 
 
-def main() -> None:
-    """Compile everything; a failure to compile is a traceback and a nonzero exit."""
-    for capability in CAPABILITIES:
-        for dtype in DTYPES:
-            for width in WIDTHS:
-                for name, kernel, options, signature in sources(dtype, width):
-                    constants = {"BLOCK_D": options["BLOCK_D"], "DOUBLE": False}
-                    source = ASTSource(
-                        fn=kernel,
-                        signature={**signature, **dict.fromkeys(constants, "constexpr")},
-                        constexprs=constants,
-                    )
-                    compiled = triton.compile(
-                        source,
-                        target=GPUTarget("cuda", capability, 32),
-                        options={"num_warps": options["num_warps"]},
-                    )
-                    print(
-                        json.dumps(
-                            {
-                                "kernel": name,
-                                "capability": capability,
-                                "dtype": dtype,
-                                "width": width,
-                                "shared": compiled.metadata.shared,
-                                "spilled": spilled_bytes(compiled.asm["ptx"], capability),
-                            }
-                        ),
-                        flush=True,
-                    )
+def main(arguments: list[str]) -> None:
+    """Compile what was asked for; a failure to compile is a traceback and a nonzero exit."""
+    operations = [name for name in OPERATIONS if name in arguments] or list(OPERATIONS)
+    dtypes = [dtype for dtype in DTYPES if dtype in arguments] or DTYPES
+    capabilities = [c for c in CAPABILITIES if str(c) in arguments] or CAPABILITIES
+    for operation in operations:
+        module = face_module(operation, "triton")
+        for dtype in dtypes if module else ():
+            for variant in module.variants(dtype):
+                for capability in capabilities:
+                    chosen = variant.shared <= LIMITS[capability]
+                    row = {
+                        "operation": operation,
+                        "variant": variant.name,
+                        "kernel": variant.kernel.__name__,
+                        "dtype": dtype,
+                        "capability": capability,
+                        "chosen": chosen,
+                        "wants_mma": variant.mma,
+                        "estimate": variant.shared,
+                    }
+                    if chosen:
+                        row |= compile_variant(variant, capability)
+                    print(json.dumps(row), flush=True)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main(sys.argv[1:])
