@@ -420,9 +420,5 @@ def dk_dv_kernel(
             UPCAST,
         )
     at = (batch * n_keys * n_groups + group) * width
-    store_rows(
-        dk_ptr + at, dk, first_key, n_keys, n_groups * width, width, BLOCK_N, BLOCK_K
-    )
-    store_rows(
-        dv_ptr + at, dv, first_key, n_keys, n_groups * width, width, BLOCK_N, BLOCK_K
-    )
+    store_rows(dk_ptr + at, dk, first_key, n_keys, n_groups * width, width, BLOCK_N, BLOCK_K)
+    store_rows(dv_ptr + at, dv, first_key, n_keys, n_groups * width, width, BLOCK_N, BLOCK_K)
