@@ -24,56 +24,52 @@ class Choice:
     shared: int = 0
     """Only for cards that let a block have so many bytes of shared memory."""
 
+    @property
+    def blocks(self) -> dict[str, int]:
+        """As the kernels name them."""
+        return {"BLOCK_M": self.block_m, "BLOCK_N": self.block_n}
+
 
 _NARROW = {
     "forward_kernel": {
-        64: (
-            Choice(128, 64, 4, 3),
-            Choice(128, 64, 8, 3),
-            Choice(64, 64, 4, 3),
-            Choice(128, 128, 8, 2, HOPPER),
-        ),
+        32: (Choice(128, 64, 4, 3),),
+        64: (Choice(128, 64, 4, 3), Choice(64, 64, 4, 3), Choice(128, 128, 8, 2, HOPPER)),
         128: (
             Choice(128, 64, 8, 2),
             Choice(64, 64, 4, 2),
             Choice(128, 64, 8, 3, AMPERE),
             Choice(128, 128, 8, 2, HOPPER),
         ),
-        256: (
-            Choice(64, 32, 4, 2),
-            Choice(128, 64, 8, 2, HOPPER),
-        ),
+        256: (Choice(64, 32, 8, 2),),
     },
     "dq_kernel": {
-        64: (Choice(128, 64, 8, 2), Choice(64, 64, 4, 3), Choice(64, 64, 4, 2)),
-        128: (Choice(64, 64, 4, 2), Choice(128, 64, 8, 2), Choice(128, 32, 8, 2)),
-        256: (Choice(64, 32, 8, 2), Choice(64, 64, 8, 2, AMPERE)),
+        32: (Choice(64, 64, 4, 2),),
+        64: (Choice(64, 64, 4, 2), Choice(128, 64, 8, 2)),
+        128: (Choice(128, 32, 8, 2), Choice(64, 64, 4, 2)),
+        256: (Choice(64, 32, 8, 1),),
     },
     "dk_dv_kernel": {
-        64: (Choice(64, 128, 8, 2), Choice(64, 64, 4, 3), Choice(32, 128, 4, 3)),
-        128: (Choice(64, 64, 4, 2), Choice(64, 128, 8, 2), Choice(32, 128, 8, 2)),
-        256: (Choice(32, 64, 8, 1), Choice(64, 64, 8, 1)),
+        32: (Choice(64, 64, 4, 2),),
+        64: (Choice(64, 128, 8, 2), Choice(64, 64, 4, 2)),
+        128: (Choice(64, 64, 8, 2), Choice(64, 128, 8, 2, HOPPER)),
+        256: (Choice(32, 32, 8, 1),),
     },
 }
-_WIDE = {
-    "forward_kernel": {
-        64: (Choice(64, 32, 4, 2), Choice(32, 32, 4, 2)),
-        128: (Choice(32, 32, 4, 2),),
-        256: (Choice(32, 16, 4, 1),),
-    },
-    "dq_kernel": {
-        64: (Choice(32, 32, 4, 1), Choice(64, 32, 8, 1)),
-        128: (Choice(32, 32, 8, 1),),
-        256: (Choice(16, 16, 4, 1),),
-    },
-    "dk_dv_kernel": {
-        64: (Choice(32, 32, 4, 1), Choice(32, 64, 8, 1)),
-        128: (Choice(32, 32, 8, 1),),
-        256: (Choice(16, 16, 4, 1),),
-    },
+_RAGGED = {
+    "forward_kernel": Choice(64, 64, 8, 2),
+    "dq_kernel": Choice(64, 32, 8, 2),
+    "dk_dv_kernel": Choice(64, 64, 8, 2),
 }
+"""Up to 128 channels: where they fill no tile, the masks take the registers of larger ones."""
+_WIDE = {64: Choice(32, 32, 4, 1), 128: Choice(32, 32, 8, 1), 256: Choice(16, 16, 4, 1)}
+"""float32, which every kernel multiplies without tensor cores."""
 
 
-def choices(kernel: str, block_k: int, wide: bool) -> tuple[Choice, ...]:
-    """Of ``kernel`` at a head padded to ``block_k``; ``wide`` is float32, without tensor cores."""
-    return (_WIDE if wide else _NARROW)[kernel][max(block_k, 64)]
+def choices(kernel: str, block_k: int, whole: bool, wide: bool) -> tuple[Choice, ...]:
+    """Of ``kernel`` at a head padded to ``block_k``, which it fills if ``whole``; ``wide`` is
+    float32. The first is the choice for what is too small to be timed."""
+    if wide:
+        return (_WIDE[max(block_k, 64)],)
+    if not whole and block_k <= 128:
+        return (_RAGGED[kernel],)
+    return _NARROW[kernel][max(block_k, 32)]

@@ -2,7 +2,6 @@
 
 import triton
 import triton.language as tl
-
 from pyllm.triton_kernels._attention_blocks import (
     edge_block,
     key_blocks,
@@ -192,7 +191,7 @@ def dq_kernel(
             WHOLE_K,
             UPCAST,
         )
-    for i in range(0, sunk + full_start - start + stop - full_stop):
+    for i in range(sunk + full_start - start + stop - full_stop):
         dq = _query_gradient(
             dq,
             q,
@@ -356,7 +355,7 @@ def dk_dv_kernel(
     dv = tl.zeros([BLOCK_N, BLOCK_K], dtype=tl.float32)
     # One loop over heads and blocks: its loads run ahead from one head into the next.
     n_full = full_stop - full_start
-    for i in range(0, share * n_full):
+    for i in range(share * n_full):
         dk, dv = _key_gradients(
             dk,
             dv,
@@ -388,7 +387,7 @@ def dk_dv_kernel(
             UPCAST,
         )
     n_edge = full_start - start + stop - full_stop
-    for i in range(0, share * n_edge):
+    for i in range(share * n_edge):
         dk, dv = _key_gradients(
             dk,
             dv,

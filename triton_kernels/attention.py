@@ -25,9 +25,6 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-
-from pyllm.reference import attention as reference
 from pyllm.triton_kernels._attention_blocks import (
     edge_block,
     key_blocks,
@@ -39,6 +36,9 @@ from pyllm.triton_kernels._attention_blocks import (
 from pyllm.triton_kernels._attention_choices import Choice, choices
 from pyllm.triton_kernels._attention_gradients import delta_kernel, dk_dv_kernel, dq_kernel
 from pyllm.triton_kernels._variants import Variant
+from torch import Tensor
+
+from pyllm.reference import attention as reference
 
 WIDEST_HEAD = 256
 LARGEST_STRIDE = 2**23
@@ -46,6 +46,8 @@ LARGEST_STRIDE = 2**23
 MOST_POSITIONS = 2**29
 LARGEST_SCALE = 1e30
 DELTA_ROWS = 64
+WORTH_TIMING = 2**24
+"""Pairs of a query and a key, over all heads, from which the choices are timed: about 0.1 ms."""
 
 INTERPRETED = triton.knobs.runtime.interpret
 INTERPRETED_BLOCKS = {"BLOCK_M": 16, "BLOCK_N": 16}
@@ -177,7 +179,7 @@ def forward_kernel(
             WHOLE_K,
             UPCAST,
         )
-    for i in range(0, sunk + full_start - start + stop - full_stop):
+    for i in range(sunk + full_start - start + stop - full_stop):
         y, largest, total = _attend(
             y,
             largest,
@@ -271,24 +273,25 @@ def _strides(**tensors: Tensor) -> dict[str, int]:
 
 
 @cache
-def _shared_memory(device: int) -> int:
-    return int(torch.cuda.get_device_properties(device).shared_memory_per_block_optin)
+def _fitting(kernel: Any, block_k: int, whole: bool, wide: bool, device: int) -> tuple[Choice, ...]:
+    """The choices that fit the card."""
+    limit = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+    found = choices(kernel.__name__, block_k, whole, wide)
+    return tuple(one for one in found if one.shared <= limit)
 
 
 @cache
-def _tuner(kernel: Any, block_k: int, wide: bool, shared: int) -> Any:
-    """Chooses among what fits the card once for each situation; a folder keeps the choices, so
-    that the next process computes the same bits."""
+def _tuner(kernel: Any, chosen_from: tuple[Choice, ...]) -> Any:
+    """Times the choices once for each situation; a folder of Triton's keeps what won, so that the
+    next process computes the same bits."""
     configs = [
-        triton.Config(
-            {"BLOCK_M": one.block_m, "BLOCK_N": one.block_n},
-            num_warps=one.num_warps,
-            num_stages=one.num_stages,
-        )
-        for one in choices(kernel.__name__, block_k, wide)
-        if one.shared <= shared
+        triton.Config(one.blocks, num_warps=one.num_warps, num_stages=one.num_stages)
+        for one in chosen_from
     ]
-    return triton.autotune(configs, key=["situation", "WHOLE_K"], cache_results=True)(kernel)
+    return triton.autotune(configs, key=["situation", "BLOCK_K"], cache_results=True)(kernel)
+
+
+_timed: set[tuple[object, ...]] = set()
 
 
 def _launch(kernel: Any, rows: int, by: str, heads: int, arguments: dict[str, Any]) -> None:
@@ -296,14 +299,29 @@ def _launch(kernel: Any, rows: int, by: str, heads: int, arguments: dict[str, An
 
     They lie along the first dimension of the grid, which alone may pass 65,535.
     """
-    q = arguments["q_ptr"]
+    q, block_k, whole = arguments["q_ptr"], arguments["BLOCK_K"], arguments["WHOLE_K"]
+
+    def grid(blocks: dict[str, Any]) -> tuple[int]:
+        return (heads * triton.cdiv(rows, blocks[by]),)
+
     if INTERPRETED:
-        grid = (heads * triton.cdiv(rows, INTERPRETED_BLOCKS[by]),)
-        kernel[grid](**arguments, **INTERPRETED_BLOCKS, UPCAST=q.dtype == torch.bfloat16)
+        arguments = {**arguments, **INTERPRETED_BLOCKS, "UPCAST": q.dtype == torch.bfloat16}
+        kernel[grid](**arguments)
         return
-    shared = _shared_memory(q.device.index)
-    tuner = _tuner(kernel, arguments["BLOCK_K"], q.dtype == torch.float32, shared)
-    tuner[lambda chosen: (heads * triton.cdiv(rows, chosen[by]),)](**arguments, UPCAST=False)
+    arguments = {**arguments, "UPCAST": False, "enable_fp_fusion": True}
+    found = _fitting(kernel, block_k, whole, q.dtype == torch.float32, q.device.index)
+    pairs = arguments["n_queries"] * arguments["n_keys"] * q.shape[0] * q.shape[2]
+    situation = (kernel, q.device.index, q.dtype, block_k, whole, arguments["situation"])
+    # Timing waits for the device, which a stream that is being captured must not.
+    if situation not in _timed and (
+        len(found) == 1 or pairs < WORTH_TIMING or torch.cuda.is_current_stream_capturing()
+    ):
+        first = found[0]
+        options = {"num_warps": first.num_warps, "num_stages": first.num_stages}
+        kernel[grid](**arguments, **first.blocks, **options)
+        return
+    _tuner(kernel, found)[grid](**arguments)
+    _timed.add(situation)
 
 
 def attention_forward(
@@ -414,13 +432,12 @@ def attention_backward(
 def variants(dtype: str) -> Iterator[Variant]:
     """Every choice of the tuner at usual heads, and one at a width that fills no tile."""
     kernels = (forward_kernel, dq_kernel, dk_dv_kernel)
-    for width in (32, 64, 80, 128, 256):
+    for width in (32, 64, 80, 128, 256):  # 80 for all that fill no tile
         block_k = triton.next_power_of_2(width)
         fixed = {"BLOCK_K": block_k, "WHOLE_K": block_k == width}
         for kernel in kernels:
-            for one in choices(kernel.__name__, block_k, dtype == "fp32"):
-                blocks = {"BLOCK_M": one.block_m, "BLOCK_N": one.block_n}
-                yield _variant(kernel, dtype, one, {**fixed, **blocks, "UPCAST": False})
+            for one in choices(kernel.__name__, block_k, block_k == width, dtype == "fp32"):
+                yield _variant(kernel, dtype, one, {**fixed, **one.blocks, "UPCAST": False})
         yield _variant(delta_kernel, dtype, Choice(64, 0, 4, 3), {**fixed, "BLOCK_M": DELTA_ROWS})
 
 

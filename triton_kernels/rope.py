@@ -13,9 +13,8 @@ from collections.abc import Iterator
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-
 from pyllm.triton_kernels._variants import Variant
+from torch import Tensor
 
 WIDEST_TILE = 128
 """Planes."""
