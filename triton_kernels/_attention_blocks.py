@@ -142,6 +142,8 @@ def query_blocks(
     full_stop = tl.where(last_key < sinks, n_queries, full_stop) // BLOCK_M
     start = tl.minimum(start, stop)
     full_start = tl.minimum(full_start, stop)
+    # Where keys are missing from the block, every query needs the mask.
+    full_start = tl.where(first_key + BLOCK_N > n_keys, stop, full_start)
     full_stop = tl.maximum(full_stop, full_start)
     return start, full_start, full_stop, stop
 

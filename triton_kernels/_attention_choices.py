@@ -51,7 +51,7 @@ _NARROW = {
     "dk_dv_kernel": {
         32: (Choice(64, 64, 4, 2),),
         64: (Choice(64, 128, 8, 2), Choice(64, 64, 4, 2)),
-        128: (Choice(64, 64, 8, 2), Choice(64, 128, 8, 2, HOPPER)),
+        128: (Choice(64, 64, 8, 2),),
         256: (Choice(32, 32, 8, 1),),
     },
 }

@@ -91,11 +91,12 @@ def _query_gradient(
         v_ptr, first_key, n_keys, v_stride_s, width, BLOCK_N, BLOCK_K, WHOLE_K, EDGE, UPCAST
     )
     s = tl.dot(q, tl.trans(k), input_precision="ieee")
-    p = tl.exp2(s * scale_2 - base[:, None])
+    power = s * scale_2 - base[:, None]
     if EDGE:
         keys = first_key + tl.arange(0, BLOCK_N)
         seen = sees(positions[:, None], keys[None, :], n_keys, ahead, window, sinks)
-        p = tl.where(seen, p, 0.0)
+        power = tl.where(seen, power, float("-inf"))
+    p = tl.exp2(power)
     dp = tl.dot(dy, tl.trans(v), input_precision="ieee")
     ds = p * (dp * scale - delta[:, None])
     return tl.dot(narrowed(ds, NARROW, UPCAST), k, dq, input_precision="ieee")
@@ -254,8 +255,7 @@ def _key_gradients(
 ):
     """What one block of queries of one head adds to dK and dV of a block of keys.
 
-    The tiles are transposed, (keys, queries), as both products need them. Keys beyond the last are
-    zeros with garbage in their own rows alone, which are never stored.
+    The tiles are transposed, (keys, queries), as both products need them.
     """
     NARROW: tl.constexpr = q_ptr.dtype.element_ty
     head = tl.cast(head, tl.int64)
@@ -276,11 +276,12 @@ def _key_gradients(
         delta = tl.load(delta_ptr + at)
         base = tl.load(base_ptr + at)
     s = tl.dot(k, tl.trans(q), input_precision="ieee")
-    p = tl.exp2(s * scale_2 - base[None, :])
+    power = s * scale_2 - base[None, :]
     if EDGE:
         positions = rows + n_keys - n_queries
         seen = sees(positions[None, :], keys[:, None], n_keys, ahead, window, sinks)
-        p = tl.where(seen, p, 0.0)
+        power = tl.where(seen, power, float("-inf"))
+    p = tl.exp2(power)
     dv = tl.dot(narrowed(p, NARROW, UPCAST), dy, dv, input_precision="ieee")
     dp = tl.dot(v, tl.trans(dy), input_precision="ieee")
     ds = p * (dp * scale - delta[None, :])
