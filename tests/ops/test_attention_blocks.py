@@ -1,0 +1,145 @@
+"""The blocks that Triton's attention visits, in its interpreter: edges of windows, what is skipped.
+
+The blocks are small here, so that a few tokens lie in several; their order and their bounds are the
+ones that a card sees.
+"""
+
+import pytest
+import torch
+from torch import Tensor
+
+from pyllm.ops._registry import face_module
+from pyllm.reference import attention as reference
+from pyllm.testing.budget import compare
+
+pytest.importorskip("triton", reason="triton is not installed")
+triton_face = face_module("attention", "triton")
+
+pytestmark = pytest.mark.skipif(
+    torch.cuda.is_available(), reason="the interpreter is not on where there is a card"
+)
+
+WINDOW = 16
+SIGHTS = [
+    # queries, keys, causal, window, sinks
+    *((n, n, True, WINDOW, 0) for n in (WINDOW - 1, WINDOW, WINDOW + 1, 2 * WINDOW, 70)),
+    *((70, 70, True, window, 0) for window in (1, WINDOW - 1, WINDOW + 1, 2 * WINDOW, 69, 70)),
+    (70, 70, True, 17, 5),
+    (70, 70, True, 1, 33),
+    (40, 97, True, 0, 0),
+    (40, 97, True, 20, 3),
+    (33, 70, False, 20, 3),
+    (50, 70, False, 0, 0),
+    (40, 20, True, 3, 0),
+    (1, 70, True, 30, 2),
+]
+
+
+@pytest.fixture(params=[(32, 16), (16, 32)], ids=["32x16", "16x32"])
+def blocks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> tuple[int, int]:
+    queries, keys = request.param
+    monkeypatch.setitem(triton_face.INTERPRETED_BLOCKS, "BLOCK_M", queries)
+    monkeypatch.setitem(triton_face.INTERPRETED_BLOCKS, "BLOCK_N", keys)
+    return request.param
+
+
+def _tensors(
+    n_queries: int, n_keys: int, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    draw = torch.Generator().manual_seed(n_queries)
+    q, dy = (torch.randn(1, n_queries, 2, 8, generator=draw).to(dtype) for _ in range(2))
+    k, v = (torch.randn(1, n_keys, 1, 8, generator=draw).to(dtype) for _ in range(2))
+    return q, k, v, dy
+
+
+def _all(face: object, q: Tensor, k: Tensor, v: Tensor, dy: Tensor, *sight: object) -> list[Tensor]:
+    y, lse = face.attention_forward(q, k, v, *sight)
+    return [y, lse, *face.attention_backward(dy, q, k, v, y, lse, *sight)]
+
+
+@pytest.mark.parametrize("sight", SIGHTS, ids=str)
+def test_edges(blocks: tuple[int, int], sight: tuple[int, int, bool, int, int]) -> None:
+    n_queries, n_keys, *rest = sight
+    q, k, v, dy = _tensors(n_queries, n_keys)
+    got = _all(triton_face, q, k, v, dy, 0.5, *rest)
+    plain = _all(reference, q, k, v, dy, 0.5, *rest)
+    truth = _all(reference, *(x.double() for x in (q, k, v, dy)), 0.5, *rest)
+    names = ("y", "lse", "dq", "dk", "dv")
+    for name, *three in zip(names, got, plain, truth, strict=True):
+        compare(name, *three, torch.float32, gradient=name.startswith("d"), degenerate=rest[1] == 1)
+
+
+def test_what_is_out_of_sight_is_not_read(blocks: tuple[int, int]) -> None:
+    """A NaN there would reach everything: zero times NaN is NaN."""
+    q, k, v, dy = _tensors(32, 128)
+    k[:, :64] = v[:, :64] = float("nan")  # the window ends at key 96 - 31
+    y, lse, dq, dk, dv = _all(triton_face, q, k, v, dy, 0.5, True, 32, 0)
+    for tensor in (y, lse, dq, dk[:, 64:], dv[:, 64:]):
+        assert tensor.isfinite().all()
+    assert not dv[:, :64].any()
+    # Sinks stay in sight, and what lies between them and the window is skipped.
+    k[:, :32] = v[:, :32] = 1.0
+    assert _all(triton_face, q, k, v, dy, 0.5, True, 32, 3)[0].isfinite().all()
+
+
+def test_queries_out_of_sight_are_not_read(blocks: tuple[int, int]) -> None:
+    q, k, v, dy = _tensors(128, 128)
+    y, lse = triton_face.attention_forward(q, k, v, 0.5, True, 32, 0)
+    dy[:, 64:] = float("nan")
+    _, dk, dv = triton_face.attention_backward(dy, q, k, v, y, lse, 0.5, True, 32, 0)
+    assert dk[:, :32].isfinite().all()
+    assert dv[:, :32].isfinite().all()
+    assert dv[:, 64:].isnan().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_sixteen_bits_over_several_blocks(blocks: tuple[int, int], dtype: torch.dtype) -> None:
+    q, k, v, dy = _tensors(70, 80, dtype)
+    got = _all(triton_face, q, k, v, dy, 0.5, True, 40, 2)
+    plain = _all(reference, q, k, v, dy, 0.5, True, 40, 2)
+    truth = _all(reference, *(x.double() for x in (q, k, v, dy)), 0.5, True, 40, 2)
+    for name, *three in zip(("y", "lse", "dq", "dk", "dv"), got, plain, truth, strict=True):
+        compare(name, *three, dtype, gradient=name.startswith("d"))
+
+
+def test_heads_too_wide_go_to_the_reference_and_say_so() -> None:
+    q, k, v = (torch.randn(1, 3, 1, 300) for _ in range(3))
+    triton_face._say_once.cache_clear()
+    with pytest.warns(UserWarning, match="heads of 300 channels, and serves at most 256"):
+        y, _ = triton_face.attention_forward(q, k, v, 0.1, True, 0, 0)
+    torch.testing.assert_close(y, reference.attention_forward(q, k, v, 0.1, True, 0, 0)[0])
+    triton_face.attention_forward(q, k, v, 0.1, True, 0, 0)  # once: a second warning is an error
+
+
+def test_offsets_beyond_32_bits() -> None:
+    """Batches 2^31 elements apart; the memory between them is reserved and never touched."""
+    q, k, v, _ = _tensors(17, 17, torch.float16)
+    try:
+        room = torch.empty(2**31 + q.numel(), dtype=torch.float16)
+    except RuntimeError:
+        pytest.skip("no 4 GB of address space")
+    far = room.as_strided((2, *q.shape[1:]), (2**31, *q.stride()[1:]))
+    far.copy_(q.expand_as(far))
+    k, v = k.expand(2, -1, -1, -1), v.expand(2, -1, -1, -1)
+    y, lse = triton_face.attention_forward(far, k, v, 0.5, True, 0, 0)
+    assert torch.equal(y[1], y[0])
+    dq, _, _ = triton_face.attention_backward(far, far, k, v, y, lse, 0.5, True, 0, 0)
+    assert torch.equal(dq[1], dq[0])
+    assert y.isfinite().all()
+    # Rows so far apart that a tile would pass 32 bits are copied.
+    apart = room.as_strided((1, 3, 1, 8), (0, 2**30 - 8, 8, 1))
+    apart.copy_(q[:, :3, :1])
+    few = k[:1, :3], v[:1, :3]
+    y, _ = triton_face.attention_forward(apart, *few, 0.5, True, 0, 0)
+    expected, _ = reference.attention_forward(apart, *few, 0.5, True, 0, 0)
+    torch.testing.assert_close(y, expected, atol=2e-3, rtol=2e-3)
+
+
+@pytest.mark.parametrize("sizes", [(0, 3, 3), (2, 0, 3), (2, 3, 0)], ids=str)
+def test_nothing_to_do(sizes: tuple[int, int, int]) -> None:
+    batch, n_queries, n_keys = sizes
+    q, k = torch.randn(batch, n_queries, 2, 8), torch.randn(batch, n_keys, 1, 8)
+    got = _all(triton_face, q, k, k, q, 0.5, False, 0, 0)
+    expected = _all(reference, q, k, k, q, 0.5, False, 0, 0)
+    for have, want in zip(got, expected, strict=True):
+        assert torch.equal(have, want)
