@@ -40,7 +40,7 @@ class TrainConfig:
     """Micro-batches in a step; their gradients are averaged."""
     auto_batch: bool = True
     """On a CUDA device, cut the batch_size x accumulation sequences of a step into the largest
-    micro-batches that a memory estimate says fit; a --train.batch-size that is given stays."""
+    micro-batches that a memory estimate says fit; off where one of the two is given."""
     seq_len: int = 320
     """Tokens in a sequence."""
     optimizer: Literal["adamw", "muon", "adamw8bit"] = "muon"

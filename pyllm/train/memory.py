@@ -104,7 +104,7 @@ def _passes_peak(
     with _without_numbers():
         model = Transformer(config).train()
         model.recompute = train.recompute
-        ledger = Ledger(device)
+        ledger = Ledger(device, dtype)
         ledger.watch(model)
         with ledger:
             if train.accumulation > 1:
@@ -152,15 +152,18 @@ class Ledger(TorchDispatchMode):
 
     Args:
         device: whose faces are assumed to run.
+        dtype: of the matrix products; float16 stands for a card without bfloat16 and Triton, where
+            the card itself is not here to be asked.
 
     Attributes:
         peak: what was held at the worst moment so far.
     """
 
-    def __init__(self, device: str) -> None:
+    def __init__(self, device: str, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
         self.peak = MemoryEstimate()
         self._device = device
+        self._dtype = dtype
         self._held: dict[int, tuple[int, str, Any]] = {}
         self._sums = dict.fromkeys((part.name for part in fields(MemoryEstimate)), 0)
         self._forwards = 0
@@ -261,7 +264,9 @@ class Ledger(TorchDispatchMode):
         op = name.removesuffix("_forward").removesuffix("_backward")
         if torch.cuda.is_available():
             return choose_face(op, self._device, None)
-        return PREFERENCES[op][self._device][0]
+        faces = PREFERENCES[op].get(self._device, ())
+        old = self._dtype == torch.float16
+        return next((face for face in faces if not (old and face == "triton")), "reference")
 
 
 def inner_memory(name: str, face: str, arguments: tuple[Any, ...]) -> dict[str, int]:

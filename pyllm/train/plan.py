@@ -38,9 +38,14 @@ class Plan:
         return int(self.estimate.total / (1 - FRAGMENTATION)) + CONTEXT
 
 
+def usable(free: int) -> int:
+    """What tensors may take of ``free`` bytes that the allocator can get."""
+    return max(int(free * (1 - FRAGMENTATION)), 0)
+
+
 def memory_budget(vram: int) -> int:
-    """What PyTorch may hold of a card with ``vram`` bytes that nothing else uses."""
-    return max(int((vram - CONTEXT) * (1 - FRAGMENTATION)), 0)
+    """What tensors may take of a card with ``vram`` bytes that nothing else uses."""
+    return usable(vram - CONTEXT)
 
 
 def plan_batch(

@@ -21,11 +21,13 @@ from pyllm.train.device import (
     autocast,
     choose_device,
     choose_dtype,
+    free_memory,
     keep_freed_memory,
 )
 from pyllm.train.interrupt import Terminated, terminable
 from pyllm.train.lock import run_lock
 from pyllm.train.log import RunLog, draw
+from pyllm.train.plan import plan_batch, usable
 from pyllm.train.prepare import (
     check_batch,
     check_length,
@@ -122,6 +124,7 @@ def _train_and_score(config: RunConfig, folder: Path, console: Console) -> RunRe
         chosen: Any = {"device": device.type, "dtype": str(dtype).removeprefix("torch.")}
         threads = torch.get_num_threads()
         config = replace(config, train=replace(config.train, threads=threads, **chosen))
+        config = fit_batch(config, device, dtype, console)
         folder.mkdir(parents=True, exist_ok=True)
         write_run_config(folder, config)
     train_file, valid_file = prepare_tokens(text, folder, resume=bool(config.resume))
@@ -148,13 +151,7 @@ def _train_and_score(config: RunConfig, folder: Path, console: Console) -> RunRe
         console.print(f"resuming {folder} at step {trainer.progress.step}")
     start = trainer.progress
     with RunLog(folder, config.train.max_steps, start.step, console, start.logs) as log:
-        try:
-            progress = trainer.train(log)
-        except torch.OutOfMemoryError as error:
-            raise ValueError(
-                f"out of memory on {device.type} ({str(error).splitlines()[0]}); halve "
-                "--train.batch-size and double --train.accumulation, or give --train.recompute"
-            ) from None
+        progress = trainer.train(log)
     draw(folder)
     if not math.isfinite(progress.best_val_loss):
         raise TrainingError(
@@ -178,6 +175,27 @@ def _train_and_score(config: RunConfig, folder: Path, console: Console) -> RunRe
     )
     report(result, console)
     return result
+
+
+def fit_batch(
+    config: RunConfig, device: torch.device, dtype: torch.dtype, console: Console
+) -> RunConfig:
+    """On a GPU, unless told otherwise: the largest micro-batch that should fit into its memory.
+
+    The sequences of a step stay the same. What does not fit after all is found by running out of
+    memory, see ``Trainer.step``.
+    """
+    room = free_memory(device)
+    if room is None or not config.train.auto_batch:
+        return config
+    plan = plan_batch(config.model, config.train, dtype, usable(room), device.type)
+    console.print(
+        f"{plan.train.batch_size} sequences at a time, {plan.train.accumulation} times a step: "
+        f"about {plan.estimate.total / 2**20:,.0f} of {room / 2**20:,.0f} MiB"
+        + ("" if plan.fits else "; see scripts/plan_memory.py for settings that fit"),
+        highlight=False,
+    )
+    return replace(config, train=plan.train)
 
 
 def longest_shared_passage(story: str, texts: Iterable[str], block: int = 32) -> int:
