@@ -35,6 +35,13 @@ def make_adamw8bit(parameters: Iterable[Tensor], **settings: Any) -> Optimizer:
     return made
 
 
+def require_adamw8bit() -> None:
+    """Raises:
+    ValueError: bitsandbytes is not installed, or does not run here.
+    """
+    _library()
+
+
 def is_adamw8bit(optimizer: Optimizer) -> bool:
     """Is it one of :func:`make_adamw8bit`?"""
     return hasattr(optimizer, "init_state") and hasattr(optimizer, "update_step")

@@ -31,6 +31,7 @@ from pyllm.train.plan import plan_batch, usable
 from pyllm.train.prepare import (
     check_batch,
     check_length,
+    check_optimizer,
     fit_model,
     fits_val_bpb,
     prepare_text,
@@ -116,6 +117,7 @@ def _train_and_score(config: RunConfig, folder: Path, console: Console) -> RunRe
     seed_everything(config.train.seed)
     started = time.perf_counter()
     check_batch(config.train)
+    check_optimizer(config.train)
     checkpoint = checkpoint_to_resume(folder, console) if config.resume else None
     text = prepare_text(config, folder)
     if not config.resume:
