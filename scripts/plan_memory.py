@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Annotated, Literal
-
-from tyro.conf import arg
+from typing import TYPE_CHECKING, Literal
 
 from pyllm._checks import check_size, shown
 from pyllm._cli import run
@@ -46,7 +44,7 @@ class Config:
     """As in train_moe.py; adamw8bit is also tried where nothing else fits."""
     seq_len: int = 0
     """Tokens in a sequence; 0 for the preset's."""
-    sequences: Annotated[int, arg(metavar="INT")] = 0
+    sequences: int = 0
     """Sequences in a step, all micro-batches together; 0 for the preset's."""
 
     def __post_init__(self) -> None:

@@ -40,11 +40,7 @@ def defaults(arguments: list[str]) -> Config:
             f"out ({shown(' '.join(others) or '--preset')})"
         )
     name = start.preset or RunConfig.preset
-    given = {other.partition("=")[0].replace("_", "-") for other in others}
-    train = TRAIN_PRESETS[name]
-    # A micro-batch that is asked for is not chosen anew.
-    train = replace(train, auto_batch=not given & {"--train.batch-size", "--train.accumulation"})
-    return replace(Config(), preset=name, model=preset(name), train=train)
+    return replace(Config(), preset=name, model=preset(name), train=TRAIN_PRESETS[name])
 
 
 def benchmark_flags(arguments: list[str]) -> list[str] | None:

@@ -39,8 +39,8 @@ class TrainConfig:
     accumulation: int = 1
     """Micro-batches in a step; their gradients are averaged."""
     auto_batch: bool = True
-    """On a CUDA device, cut the batch_size x accumulation sequences of a step into the largest
-    micro-batches that a memory estimate says fit; off where one of the two is given."""
+    """On a CUDA device, cut the preset's batch_size x accumulation sequences of a step into the
+    largest micro-batches that a memory estimate says fit. Other sizes than the preset's stay."""
     seq_len: int = 320
     """Tokens in a sequence."""
     optimizer: Literal["adamw", "muon", "adamw8bit"] = "muon"

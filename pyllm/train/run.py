@@ -15,7 +15,7 @@ from pyllm._cli import require_writable
 from pyllm.evaluate import BitsPerByte, bits_per_byte
 from pyllm.models import Transformer, count_parameters, load_model
 from pyllm.models.durable import write_file
-from pyllm.train.config import RunConfig
+from pyllm.train.config import TRAIN_PRESETS, RunConfig
 from pyllm.train.device import (
     apply_threads,
     autocast,
@@ -184,13 +184,16 @@ def fit_batch(
 ) -> RunConfig:
     """On a GPU, unless told otherwise: the largest micro-batch that should fit into its memory.
 
-    The sequences of a step stay the same. What does not fit after all is found by running out of
-    memory, see ``Trainer.step``.
+    Whoever gives another batch size or accumulation than the preset's has chosen. The sequences of
+    a step stay the same. What does not fit after all is found by running out of memory, see
+    ``Trainer.step``.
     """
+    train, usual = config.train, TRAIN_PRESETS[config.preset]
+    sizes = (train.batch_size, train.accumulation) == (usual.batch_size, usual.accumulation)
     room = free_memory(device)
-    if room is None or not config.train.auto_batch:
+    if room is None or not sizes or not train.auto_batch:
         return config
-    plan = plan_batch(config.model, config.train, dtype, usable(room), device.type)
+    plan = plan_batch(config.model, train, dtype, usable(room), device.type)
     console.print(
         f"{plan.train.batch_size} sequences at a time, {plan.train.accumulation} times a step: "
         f"about {plan.estimate.total / 2**20:,.0f} of {room / 2**20:,.0f} MiB"

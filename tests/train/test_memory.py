@@ -1,5 +1,6 @@
 """The estimate of a step's memory, against what the allocator says of a real step; and the plan."""
 
+import io
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import product
@@ -181,26 +182,28 @@ def test_a_card_is_not_all_there_for_tensors() -> None:
     assert memory_budget(GIB // 4) == 0
 
 
-@pytest.mark.parametrize("auto", [True, False])
-def test_a_run_on_a_card_takes_what_fits(monkeypatch: pytest.MonkeyPatch, auto: bool) -> None:
-    asked = TrainConfig(batch_size=2, accumulation=32, seq_len=64, auto_batch=auto)
-    needed = estimate_memory(SMALL, replace(asked, batch_size=16), torch.float32, "cpu").total
+@pytest.mark.parametrize("chosen", [{}, {"auto_batch": False}, {"batch_size": 1}])
+def test_a_run_on_a_card_takes_what_fits(
+    monkeypatch: pytest.MonkeyPatch, chosen: dict[str, int]
+) -> None:
+    usual = TrainConfig(batch_size=2, accumulation=32, seq_len=64)
+    monkeypatch.setitem(TRAIN_PRESETS, "moe-tiny", usual)
+    needed = estimate_memory(SMALL, replace(usual, batch_size=16), torch.float32, "cpu").total
     room = next(size for size in range(needed, 2 * needed, 4096) if usable(size) >= needed)
     monkeypatch.setattr(train_run, "free_memory", lambda device: room)
-    console = Console(record=True, width=200, quiet=False, force_terminal=False)
-    config = RunConfig(model=SMALL, train=asked)
-    with console.capture():
-        fitted = train_run.fit_batch(config, torch.device("cpu"), torch.float32, console)
-    expected = (16, 4) if auto else (2, 32)
-    assert (fitted.train.batch_size, fitted.train.accumulation) == expected
+    console = Console(record=True, width=200, file=io.StringIO())
+    config = RunConfig(model=SMALL, train=replace(usual, **chosen))
+    fitted = train_run.fit_batch(config, torch.device("cpu"), torch.float32, console)
     said = console.export_text()
-    assert ("16 sequences at a time, 4 times a step: about" in said) == auto
+    if chosen:
+        assert fitted is config and not said
+        return
+    assert (fitted.train.batch_size, fitted.train.accumulation) == (16, 4)
+    assert "16 sequences at a time, 4 times a step: about" in said
     monkeypatch.setattr(train_run, "free_memory", lambda device: 1)
-    with console.capture():
-        fitted = train_run.fit_batch(config, torch.device("cpu"), torch.float32, console)
-    if auto:
-        assert fitted.train.batch_size == 1
-        assert "see scripts/plan_memory.py" in console.export_text()
+    fitted = train_run.fit_batch(config, torch.device("cpu"), torch.float32, console)
+    assert fitted.train.batch_size == 1
+    assert "see scripts/plan_memory.py" in console.export_text()
 
 
 def test_nothing_is_chosen_on_a_cpu() -> None:
