@@ -73,8 +73,9 @@ def main(config: Config) -> None:
         k: v for k, v in asdict(config).items() if k not in ("results", "presets", "dtypes")
     }
     cases: list[dict[str, Any]] = []
-    for name, dtype, rows, recompute in product(
-        config.presets, config.dtypes, config.batch_sizes, (False, True)
+    # Models one after the other: a run that is cut has something of each.
+    for rows, recompute, dtype, name in product(
+        config.batch_sizes, (False, True), config.dtypes, config.presets
     ):
         chosen = {
             "batch_size": rows,

@@ -32,7 +32,7 @@ def answer(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) 
 
 
 def number(lines: list[str], label: str) -> int:
-    [row] = [line for line in lines if label in line]
+    [row] = [line for line in lines if line.startswith("│") and label in line]
     found = re.search(r"│ +([\d,]+)", row.partition(label)[2])
     assert found
     return int(found[1].replace(",", ""))
