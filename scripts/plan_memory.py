@@ -63,7 +63,7 @@ def settings(config: Config) -> TrainConfig:
     train = replace(train, seq_len=config.seq_len or train.seq_len)
     if train.seq_len > model.max_seq_len:
         raise ValueError(
-            f"seq_len must be at most the context of {config.preset}, {model.max_seq_len}, got "
+            f"--seq-len must be at most the context of {config.preset}, {model.max_seq_len}, got "
             f"{train.seq_len}"
         )
     if config.sequences:

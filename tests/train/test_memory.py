@@ -32,8 +32,10 @@ def check(model: ModelConfig, dtype: torch.dtype, within: float = 0.1, **train: 
     assert estimate.total == pytest.approx(measure_memory(model, settings, dtype), rel=within)
 
 
-@pytest.mark.parametrize("recompute", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("dtype", "recompute"),
+    [(torch.float32, False), (torch.bfloat16, False), (torch.bfloat16, True)],
+)
 @pytest.mark.parametrize("name", MODELS)
 def test_the_estimate_is_what_is_allocated(name: str, dtype: torch.dtype, recompute: bool) -> None:
     check(MODELS[name], dtype, optimizer="adamw", recompute=recompute)
@@ -95,7 +97,9 @@ def test_the_parts_are_what_they_are_called() -> None:
     assert full.weights == pytest.approx(4 * numbers + tables, rel=0.001)
     assert full.gradients == 4 * numbers
     assert full.optimizer == pytest.approx(8 * numbers, rel=0.001)
-    assert full.copies == 0 and mixed.copies == pytest.approx(2 * numbers, rel=0.05)
+    # The output projection's copy has gone by then.
+    inside = numbers - SMALL.vocab_size * SMALL.d_model
+    assert full.copies == 0 and mixed.copies == pytest.approx(2 * inside, rel=0.01)
     assert mixed.activations < 0.7 * full.activations
     again = estimate_memory(SMALL, replace(train, recompute=True), torch.bfloat16, "cpu")
     assert again.activations < 0.5 * mixed.activations and again.copies < mixed.copies
