@@ -163,7 +163,7 @@ def train(
     from pyllm.evaluate import bits_per_byte
     from pyllm.generate import peak_memory_bytes
     from pyllm.models import Transformer
-    from pyllm.train import Trainer
+    from pyllm.train import Trainer, TrainingError
     from pyllm.train.device import autocast, choose_dtype
     from pyllm.train.trainer import seed_everything
 
@@ -171,26 +171,14 @@ def train(
     model_config, training, tokenizer, train_file, valid_file, valid = prepare(config, folder)
     dtype = choose_dtype(training.dtype, device)
     end = time.perf_counter() + config.minutes * 60
-    while True:
-        seed_everything(training.seed)
-        model = Transformer(model_config).to(device)
-        trainer = Trainer(model, tokenizer, train_file, valid_file, training, folder, device, dtype)
-        try:
-            seconds, losses, skipped = train_steps(trainer, end - time.perf_counter())
-            break
-        except torch.cuda.OutOfMemoryError as error:
-            reason = str(error)
-        del trainer, model
-        torch.cuda.empty_cache()
-        if training.batch_size == 1:
-            print(f"out of memory with one sequence a micro-batch: {reason}")
-            return {"error": reason, "settings": asdict(training)}, None
-        training = replace(
-            training,
-            batch_size=training.batch_size // 2,
-            accumulation=training.accumulation * 2,
-        )
-        print(f"out of memory; now {training.batch_size} sequences a micro-batch")
+    seed_everything(training.seed)
+    model = Transformer(model_config).to(device)
+    trainer = Trainer(model, tokenizer, train_file, valid_file, training, folder, device, dtype)
+    try:
+        seconds, losses, skipped = train_steps(trainer, end - time.perf_counter())
+    except TrainingError as error:  # the other parts still have something to tell
+        print(error)
+        return {"error": str(error), "settings": asdict(training)}, None
     # Read before the validation, which keeps nothing for a backward but takes larger batches.
     peak = peak_memory_bytes(device)
     try:
@@ -203,6 +191,8 @@ def train(
     result = {
         "model": asdict(model_config),
         "settings": asdict(training) | {"max_steps": len(losses)},
+        "micro_batch": trainer.micro_batch,
+        "estimated_memory": estimated(trainer),
         "dtype": str(dtype).removeprefix("torch."),
         "steps": len(losses),
         "step_seconds": {"median": middle, "lower_quartile": low, "upper_quartile": high},
@@ -218,6 +208,17 @@ def train(
     return result, trainer
 
 
+def estimated(trainer: "Trainer") -> dict[str, int]:
+    """What scripts/plan_memory.py would have said of the peak, to be read beside it."""
+    from pyllm.train.memory import estimate_memory
+
+    rows = trainer.micro_batch
+    accumulation = trainer.config.batch_size * trainer.config.accumulation // rows
+    settings = replace(trainer.config, batch_size=rows, accumulation=accumulation)
+    estimate = estimate_memory(trainer.model.config, settings, trainer.dtype, trainer.device.type)
+    return asdict(estimate) | {"total": estimate.total}
+
+
 def train_steps(trainer: "Trainer", budget: float) -> tuple[list[float], list[float], int]:
     """Seconds and losses of as many steps as fit into ``budget`` seconds, at least the probe's.
 
@@ -230,7 +231,10 @@ def train_steps(trainer: "Trainer", budget: float) -> tuple[list[float], list[fl
     trainer.model.train()
     while len(losses) < total:
         started = time.perf_counter()
+        before = trainer.micro_batch
         metrics = trainer.step(len(losses))
+        if trainer.micro_batch < before:
+            print(trainer.notice(before))
         trainer.progress.step += 1
         seconds.append(time.perf_counter() - started)
         losses.append(metrics["train_loss"])

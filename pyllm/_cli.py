@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 import io
 import os
-import re
 import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
+
+from pyllm._memory import is_out_of_memory
 
 # Set before torch loads the libraries that read them.
 ENVIRONMENT = {
@@ -26,10 +27,6 @@ ENVIRONMENT = {
 
 USER_ERROR = 2
 INTERRUPTED = 130  # 128 + SIGINT, as a shell has it
-
-# What an allocation that failed is called in a RuntimeError of torch; on a GPU it has a type, which
-# cannot be named here without importing torch.
-_OUT_OF_MEMORY = re.compile(r"can't allocate memory|not enough memory|out of memory", re.IGNORECASE)
 
 
 def run(
@@ -64,7 +61,7 @@ def run(
         _say(f"error: {_one_line(error)}")
         _leave(USER_ERROR)
     except (MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not _OUT_OF_MEMORY.search(str(error)):
+        if not is_out_of_memory(error):
             raise
         _say(f"error: memory does not suffice ({_one_line(error)}); choose smaller sizes")
         _leave(USER_ERROR)

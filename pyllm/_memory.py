@@ -3,9 +3,24 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 GB = 10**9
+
+# What an allocation that failed is called in a RuntimeError of torch or of a library under it; on a
+# GPU it has a type, which cannot be named here without importing torch.
+_OUT_OF_MEMORY = re.compile(
+    r"can't allocate memory|not enough memory|out of memory|ALLOC_FAILED", re.IGNORECASE
+)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Did memory run out, of the machine or of a GPU?"""
+    if isinstance(error, RuntimeError):
+        named = type(error).__name__ == "OutOfMemoryError"
+        return named or _OUT_OF_MEMORY.search(str(error)) is not None
+    return isinstance(error, MemoryError)
 
 
 def memory_bytes() -> int | None:

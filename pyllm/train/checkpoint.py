@@ -54,6 +54,8 @@ class Progress:
     """Steps whose gradient was not finite."""
     bad_in_a_row: int = 0
     """How many of them were the last ones."""
+    micro_batch: int = 0
+    """Sequences computed at once since memory ran out; 0: it never has."""
     trained_seconds: float = 0.0
     """Time spent in the loop, over all its parts."""
     idle_steps: list[list[int]] = field(default_factory=list)
@@ -62,7 +64,8 @@ class Progress:
     """For each file that grows with the run: its size in bytes and sha256, up to this step."""
 
     def __post_init__(self) -> None:
-        counts = [self.step, self.skipped_steps, self.bad_in_a_row, *sum(self.idle_steps, [])]
+        counts = [self.step, self.skipped_steps, self.bad_in_a_row, self.micro_batch]
+        counts += sum(self.idle_steps, [])
         counts += [size for size, _ in self.logs.values()]
         times = [self.best_val_loss, self.trained_seconds]
         if not all(type(n) is int and n >= 0 for n in counts) or not all(
@@ -130,6 +133,10 @@ def load_checkpoint(
     load_weights(model, folder / WEIGHTS)
     try:
         progress = Progress(**content["progress"])
+        if progress.micro_batch and settings["train.batch_size"] % progress.micro_batch:
+            raise ValueError(
+                f"{shown(progress.micro_batch)} sequences at a time do not fit a batch"
+            )
         _restore_scaler(scaler, content["scaler"])
         _restore_generators(tensors, content)
     except (

@@ -38,10 +38,14 @@ class TrainConfig:
     """Sequences in a micro-batch."""
     accumulation: int = 1
     """Micro-batches in a step; their gradients are averaged."""
+    auto_batch: bool = True
+    """On a CUDA device, cut the preset's batch_size x accumulation sequences of a step into the
+    largest micro-batches that a memory estimate says fit. Other sizes than the preset's stay."""
     seq_len: int = 320
     """Tokens in a sequence."""
-    optimizer: Literal["adamw", "muon"] = "muon"
-    """muon (matrices; AdamW for the rest) or adamw."""
+    optimizer: Literal["adamw", "muon", "adamw8bit"] = "muon"
+    """muon (matrices; AdamW for the rest), adamw, or adamw8bit: a state of 8 bits for the matrices,
+    from bitsandbytes, a quarter of adamw's memory (pip install 'pyllm[gpu]')."""
     learning_rate: float = 1e-2
     """Peak learning rate."""
     min_lr_ratio: float = 0.05

@@ -1,6 +1,7 @@
 """What suits this machine: precision, threads, and how fast its matrix products are."""
 
 import ctypes
+import gc
 import time
 from contextlib import AbstractContextManager, nullcontext
 
@@ -44,6 +45,24 @@ def keep_freed_memory() -> bool:
     if mallopt is None:
         return False
     return bool(mallopt(_M_MMAP_MAX, 0) and mallopt(_M_TRIM_THRESHOLD, 2**31 - 1))
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Bytes that PyTorch may still take of a CUDA device; None of others, which are not asked."""
+    if device.type != "cuda":
+        return None
+    free, total = torch.cuda.mem_get_info(device)
+    cap = torch.cuda.get_per_process_memory_fraction(device) * total
+    return max(min(free, int(cap) - torch.cuda.memory_reserved(device)), 0)
+
+
+def give_back_memory(device: torch.device) -> None:
+    """Let go of what PyTorch keeps of a device's memory for later: pieces of the wrong size."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    elif device.type == "mps":
+        torch.mps.empty_cache()
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[object]:

@@ -71,9 +71,21 @@ class Muon(torch.optim.Optimizer):
                         f"{tuple(parameter.shape)}"
                     )
 
+    def make_state(self) -> None:
+        """Zeros for the momentum of each matrix, if it has none yet."""
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                state = self.state[parameter]
+                if not state:
+                    state["momentum_buffer"] = torch.zeros_like(parameter)
+
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """One update; returns what ``closure`` returns."""
+        """One update; returns what ``closure`` returns.
+
+        Where memory runs out, each matrix and its momentum are both updated or both untouched: all
+        room is taken before either is written.
+        """
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -86,12 +98,14 @@ class Muon(torch.optim.Optimizer):
                 if not state:
                     state["momentum_buffer"] = torch.zeros_like(parameter)
                 momentum = state["momentum_buffer"]
-                momentum.mul_(group["momentum"]).add_(parameter.grad)
-                update = orthogonalise(
-                    parameter.grad.add(momentum, alpha=group["momentum"]), dtype=self.dtype
-                )
+                ahead = momentum.mul(group["momentum"]).add_(parameter.grad)
+                torch.add(parameter.grad, ahead, alpha=group["momentum"], out=ahead)
+                update = orthogonalise(ahead, dtype=self.dtype)
+                del ahead
                 update *= 0.2 * max(parameter.shape[-2:]) ** 0.5
                 update.add_(parameter, alpha=group["weight_decay"])
                 used = parameter.grad.flatten(-2).any(-1)[..., None, None]
-                parameter.sub_(update.mul_(used), alpha=group["lr"])
+                update.mul_(used)
+                momentum.mul_(group["momentum"]).add_(parameter.grad)
+                parameter.sub_(update, alpha=group["lr"])
         return loss

@@ -18,6 +18,7 @@ from pyllm.data import (
 from pyllm.data.packing import MAX_TOKENS
 from pyllm.models import ModelConfig
 from pyllm.tokenizers import Tokenizer, byte_tokenizer, train_bpe, train_characters
+from pyllm.train.adamw8bit import require_adamw8bit
 from pyllm.train.config import DataConfig, RunConfig, TrainConfig
 
 VALID_STORIES = 500
@@ -69,6 +70,16 @@ def check_batch(train: TrainConfig) -> None:
             f"--train.batch-size {train.batch_size:,} x --train.seq-len {train.seq_len:,} is too "
             f"large: expected at most {MAX_TOKENS:,} tokens in a batch; lower one of them"
         )
+
+
+def check_optimizer(train: TrainConfig) -> None:
+    """Is the library there that it comes from?
+
+    Raises:
+        ValueError: no; says how to get it.
+    """
+    if train.optimizer == "adamw8bit":
+        require_adamw8bit()
 
 
 def check_length(train_file: TokenFile, config: RunConfig) -> None:

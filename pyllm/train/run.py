@@ -15,20 +15,23 @@ from pyllm._cli import require_writable
 from pyllm.evaluate import BitsPerByte, bits_per_byte
 from pyllm.models import Transformer, count_parameters, load_model
 from pyllm.models.durable import write_file
-from pyllm.train.config import RunConfig
+from pyllm.train.config import TRAIN_PRESETS, RunConfig
 from pyllm.train.device import (
     apply_threads,
     autocast,
     choose_device,
     choose_dtype,
+    free_memory,
     keep_freed_memory,
 )
 from pyllm.train.interrupt import Terminated, terminable
 from pyllm.train.lock import run_lock
 from pyllm.train.log import RunLog, draw
+from pyllm.train.plan import plan_batch, usable
 from pyllm.train.prepare import (
     check_batch,
     check_length,
+    check_optimizer,
     fit_model,
     fits_val_bpb,
     prepare_text,
@@ -114,6 +117,7 @@ def _train_and_score(config: RunConfig, folder: Path, console: Console) -> RunRe
     seed_everything(config.train.seed)
     started = time.perf_counter()
     check_batch(config.train)
+    check_optimizer(config.train)
     checkpoint = checkpoint_to_resume(folder, console) if config.resume else None
     text = prepare_text(config, folder)
     if not config.resume:
@@ -122,6 +126,7 @@ def _train_and_score(config: RunConfig, folder: Path, console: Console) -> RunRe
         chosen: Any = {"device": device.type, "dtype": str(dtype).removeprefix("torch.")}
         threads = torch.get_num_threads()
         config = replace(config, train=replace(config.train, threads=threads, **chosen))
+        config = fit_batch(config, device, dtype, console)
         folder.mkdir(parents=True, exist_ok=True)
         write_run_config(folder, config)
     train_file, valid_file = prepare_tokens(text, folder, resume=bool(config.resume))
@@ -148,13 +153,7 @@ def _train_and_score(config: RunConfig, folder: Path, console: Console) -> RunRe
         console.print(f"resuming {folder} at step {trainer.progress.step}")
     start = trainer.progress
     with RunLog(folder, config.train.max_steps, start.step, console, start.logs) as log:
-        try:
-            progress = trainer.train(log)
-        except torch.OutOfMemoryError as error:
-            raise ValueError(
-                f"out of memory on {device.type} ({str(error).splitlines()[0]}); halve "
-                "--train.batch-size and double --train.accumulation, or give --train.recompute"
-            ) from None
+        progress = trainer.train(log)
     draw(folder)
     if not math.isfinite(progress.best_val_loss):
         raise TrainingError(
@@ -178,6 +177,30 @@ def _train_and_score(config: RunConfig, folder: Path, console: Console) -> RunRe
     )
     report(result, console)
     return result
+
+
+def fit_batch(
+    config: RunConfig, device: torch.device, dtype: torch.dtype, console: Console
+) -> RunConfig:
+    """On a GPU, unless told otherwise: the largest micro-batch that should fit into its memory.
+
+    Whoever gives another batch size or accumulation than the preset's has chosen. The sequences of
+    a step stay the same. What does not fit after all is found by running out of memory, see
+    ``Trainer.step``.
+    """
+    train, usual = config.train, TRAIN_PRESETS[config.preset]
+    sizes = (train.batch_size, train.accumulation) == (usual.batch_size, usual.accumulation)
+    room = free_memory(device)
+    if room is None or not sizes or not train.auto_batch:
+        return config
+    plan = plan_batch(config.model, train, dtype, usable(room), device.type)
+    console.print(
+        f"{plan.train.batch_size} sequences at a time, {plan.train.accumulation} times a step: "
+        f"about {plan.estimate.total / 2**20:,.0f} of {room / 2**20:,.0f} MiB"
+        + ("" if plan.fits else "; see scripts/plan_memory.py for settings that fit"),
+        highlight=False,
+    )
+    return replace(config, train=plan.train)
 
 
 def longest_shared_passage(story: str, texts: Iterable[str], block: int = 32) -> int:

@@ -4,6 +4,7 @@ import math
 import random
 import time
 import warnings
+from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,7 +13,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
+from pyllm._memory import is_out_of_memory
 from pyllm.data import PackedBatches, TokenFile
 from pyllm.evaluate import validation_loss
 from pyllm.generate import SamplingConfig, generate_text
@@ -20,10 +23,15 @@ from pyllm.models import Transformer, count_flops
 from pyllm.tokenizers import Tokenizer
 from pyllm.train.checkpoint import Progress, load_checkpoint, save_checkpoint
 from pyllm.train.config import TrainConfig
-from pyllm.train.device import autocast, matmul_peak
+from pyllm.train.device import autocast, give_back_memory, matmul_peak
 from pyllm.train.interrupt import held_signals
 from pyllm.train.log import RunLog
-from pyllm.train.optimizer import learning_rate, make_optimizers
+from pyllm.train.optimizer import (
+    drop_half_made_state,
+    learning_rate,
+    make_optimizers,
+    step_loss,
+)
 
 MAX_BAD_STEPS_IN_A_ROW = 5
 DEAD_AFTER_STEPS = 50
@@ -38,6 +46,11 @@ def seed_everything(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
+
+
+def first_line(error: BaseException) -> str:
+    """Of its message; CUDA's goes on with advice for other programs."""
+    return next(iter(str(error).splitlines()), "") or type(error).__name__
 
 
 def fixed_batches(file: TokenFile, config: TrainConfig) -> list[tuple[Tensor, Tensor]]:
@@ -119,7 +132,10 @@ class Trainer:
         with held_signals() as interrupted:
             while progress.step < config.max_steps:
                 started = time.perf_counter()
+                before = self.micro_batch
                 metrics = self.step(progress.step)
+                if self.micro_batch < before:
+                    log.say(self.notice(before))
                 progress.step += 1
                 seconds = time.perf_counter() - started
                 metrics["tok_per_sec"] = config.tokens_per_step / seconds
@@ -140,39 +156,71 @@ class Trainer:
                     raise stop
         return progress
 
+    @property
+    def micro_batch(self) -> int:
+        """Sequences that are computed at once: ``batch_size``, or less since memory ran out."""
+        return self.progress.micro_batch or self.config.batch_size
+
     def step(self, step: int) -> dict[str, Any]:
-        """One optimiser step; returns its metrics."""
-        config = self.config
-        rate = learning_rate(step, config)
-        totals = {"train_loss": 0.0, "balance_loss": 0.0, "z_loss": 0.0}
-        load: Tensor | None = None
-        for micro in range(config.accumulation):
-            inputs, targets = self.batches.batch(step * config.accumulation + micro)
-            with autocast(self.device, self.dtype):
-                output = self.model(inputs.to(self.device), targets.to(self.device))
-            assert output.loss is not None
-            loss = output.loss + config.balance_coef * output.balance_loss
-            loss = loss + config.z_coef * output.z_loss
-            self.scaler.scale(loss / config.accumulation).backward()
-            totals["train_loss"] += output.loss.item() / config.accumulation
-            totals["balance_loss"] += output.balance_loss.item() / config.accumulation
-            totals["z_loss"] += output.z_loss.item() / config.accumulation
-            counts = output.tokens_per_expert
-            load = counts if load is None else load + counts
-        grad_norm = self._update(rate)
-        if self.model.config.router_bias and load is not None and math.isfinite(grad_norm):
-            self.model.move_router_bias(load, config.bias_rate)
-        metrics: dict[str, Any] = {**totals, "grad_norm": grad_norm, "lr": rate}
+        """One optimiser step; returns its metrics.
+
+        Where memory runs out, the micro-batch is halved and the step done again from its start,
+        with the same sequences: the same result, but for rounding and for the balance loss, which
+        is one of a micro-batch.
+
+        Raises:
+            TrainingError: one sequence at a time does not fit, or the optimizer's update.
+        """
+        while True:
+            try:
+                totals, load = self._accumulate(step)
+                norm = self._clip()
+                break
+            except (MemoryError, RuntimeError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                reason = first_line(error)
+            self._halve(reason)  # out here: the traceback held the step's tensors
+        rate = learning_rate(step, self.config)
+        self._update(norm, rate)
+        if self.model.config.router_bias and math.isfinite(norm):
+            self.model.move_router_bias(load, self.config.bias_rate)
+        metrics: dict[str, Any] = {**totals, "grad_norm": norm, "lr": rate}
         metrics["skipped_steps"] = self.progress.skipped_steps
-        if load is not None and load.numel():
+        metrics["micro_batch"] = self.micro_batch
+        if load.numel():
             metrics |= self._expert_load(load.cpu())
         return metrics
 
-    def _update(self, rate: float) -> float:
-        """Clip and step; a gradient that is not finite is skipped and counted."""
+    def _accumulate(self, step: int) -> tuple[dict[str, float], Tensor]:
+        """Forward and backward of all micro-batches: mean losses, and tokens per expert."""
+        config = self.config
+        totals = {"train_loss": 0.0, "balance_loss": 0.0, "z_loss": 0.0}
+        load: Tensor | None = None
+        n_pieces = config.accumulation * config.batch_size // self.micro_batch
+        for inputs, targets in self._micro_batches(step):
+            with autocast(self.device, self.dtype):
+                output = self.model(inputs.to(self.device), targets.to(self.device))
+            loss = step_loss(output, config)
+            self.scaler.scale(loss / n_pieces).backward()
+            assert output.loss is not None
+            totals["train_loss"] += output.loss.item() / n_pieces
+            totals["balance_loss"] += output.balance_loss.item() / n_pieces
+            totals["z_loss"] += output.z_loss.item() / n_pieces
+            counts = output.tokens_per_expert
+            load = counts if load is None else load + counts
+        assert load is not None
+        return totals, load
+
+    def _micro_batches(self, step: int) -> Iterator[tuple[Tensor, Tensor]]:
+        for index in range(self.config.accumulation):
+            inputs, targets = self.batches.batch(step * self.config.accumulation + index)
+            rows = self.micro_batch
+            yield from zip(inputs.split(rows), targets.split(rows), strict=True)
+
+    def _clip(self) -> float:
+        """Bring the gradient to its true scale and below the limit; its norm before that."""
         for optimizer in self.optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = rate
             self.scaler.unscale_(optimizer)
         limit = self.config.grad_clip or math.inf
         parameters = list(self.model.parameters())
@@ -180,19 +228,91 @@ class Trainer:
         norm = total.item()
         if norm > limit:  # torch's clip_grad_norm_ multiplies by 1 otherwise: another pass
             torch.nn.utils.clip_grads_with_norm_(parameters, limit, total)
+        return norm
+
+    def _update(self, norm: float, rate: float) -> None:
+        """Step; a gradient that is not finite is skipped and counted."""
         if math.isfinite(norm):
             self.progress.bad_in_a_row = 0
             for optimizer in self.optimizers:
-                self.scaler.step(optimizer)
+                for group in optimizer.param_groups:
+                    group["lr"] = rate
+                self._step_whole(optimizer)
         else:
             self.progress.skipped_steps += 1
             # Loss scaling finds its scale by overflowing: those steps are expected.
             if not self.scaler.is_enabled() or self.scaler.get_scale() <= 1:
                 self.progress.bad_in_a_row += 1
         self.scaler.update()
+        self._forget_gradients()
+
+    def _step_whole(self, optimizer: Optimizer) -> None:
+        """Step, and where memory runs out on the way, go on with the parameters that are left.
+
+        The gradients of those that are done are given back first, so there is more room each time.
+        """
+        left = [p for group in optimizer.param_groups for p in group["params"]]
+        halved = False
+        while True:
+            versions = [p._version for p in left]
+            try:
+                self.scaler.step(optimizer)
+                return
+            except (MemoryError, RuntimeError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                reason = first_line(error)
+            moved = [p._version != before for p, before in zip(left, versions, strict=True)]
+            if halved and not any(moved):
+                raise TrainingError(
+                    f"out of memory on {self.device.type} in the optimizer's step ({reason}); "
+                    f"start a run with {self._remedies()}"
+                )
+            if not halved and self.micro_batch > 1:
+                self._shrink()
+            halved = True
+            for parameter, done in zip(left, moved, strict=True):
+                if done:
+                    parameter.grad = None
+            drop_half_made_state(optimizer, left, moved)
+            left = [p for p, done in zip(left, moved, strict=True) if not done]
+            give_back_memory(self.device)
+
+    def _halve(self, reason: str) -> None:
+        """Forget what the step has done so far, and compute fewer sequences at a time from now on.
+
+        Raises:
+            TrainingError: it was one.
+        """
+        self._forget_gradients()
+        # It may have unscaled gradients that are gone now, and refuses to do so twice.
+        scale = self.scaler.state_dict()
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.scaler.is_enabled())
+        self.scaler.load_state_dict(scale)
+        if self.micro_batch == 1:
+            raise TrainingError(
+                f"out of memory on {self.device.type} with one sequence of {self.config.seq_len} "
+                f"tokens at a time ({reason}); start a run with {self._remedies()}"
+            )
+        self._shrink()
+        give_back_memory(self.device)
+
+    def _shrink(self) -> None:
+        rows = range(self.micro_batch // 2, 0, -1)
+        self.progress.micro_batch = next(n for n in rows if self.config.batch_size % n == 0)
+
+    def _forget_gradients(self) -> None:
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
-        return norm
+
+    def _remedies(self) -> str:
+        config = self.config
+        remedies = ["a shorter --train.seq-len", "a smaller --preset"]
+        if config.optimizer != "adamw8bit":
+            remedies.insert(0, "--train.optimizer adamw8bit")
+        if not config.recompute:
+            remedies.insert(0, "--train.recompute")
+        return ", ".join(remedies[:-1]) + f" or {remedies[-1]}"
 
     def _hopeless(self, norm: float) -> TrainingError | None:
         progress = self.progress
@@ -227,9 +347,23 @@ class Trainer:
         dead = sum(steps >= DEAD_AFTER_STEPS for layer in idle for steps in layer)
         return {"expert_load_max_over_mean": ratio, "dead_experts": dead, "expert_load": rounded}
 
+    def notice(self, before: int) -> str:
+        """What to say of a step that found too little memory for ``before`` sequences at a time."""
+        n_pieces = self.config.batch_size * self.config.accumulation // self.micro_batch
+        return (
+            f"step {self.progress.step + 1}: out of memory with {before} sequences at a time; from "
+            f"here on {self.micro_batch} at a time, {n_pieces} times a step"
+        )
+
     def validate(self) -> float:
         """Loss on the fixed validation batches, in nats per token."""
-        return validation_loss(self.model, self.valid_batches, autocast(self.device, self.dtype))
+        rows = self.micro_batch
+        batches = (
+            pair
+            for inputs, targets in self.valid_batches
+            for pair in zip(inputs.split(rows), targets.split(rows), strict=True)
+        )
+        return validation_loss(self.model, batches, autocast(self.device, self.dtype))
 
     def sample(self, log: RunLog) -> None:
         """A short story, to the terminal and to ``samples.txt``."""

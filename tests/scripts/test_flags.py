@@ -21,12 +21,13 @@ from .conftest import load_script, one_error
 
 SCRIPTS = (
     *("train_moe", "generate", "benchmark", "train_tokenizer", "download_data", "doctor", "check"),
-    *("evaluate", "export", "quantize"),
+    *("evaluate", "export", "quantize", "plan_memory"),
     *(
         f"benchmarks/{name}"
         for name in ("ops", "balance", "stories", "tokenizer", "gpu", "readme", "llama_cpp_equal")
     ),
     *("benchmarks/moe_vs_dense", "benchmarks/scaling", "benchmarks/decode", "benchmarks/memory"),
+    "benchmarks/train_memory",
 )
 PRESETS = ("moe-tiny", "moe-158m", "dense-21m")
 Place = tuple[str, ...]
