@@ -22,6 +22,13 @@ from pyllm._native import cpu_extension
 
 ROOT = Path(__file__).resolve().parent.parent
 
+# Without a card the CUDA kernels are compiled for the CPU: a minute the first time.
+if not torch.cuda.is_available() and "PYLLM_CUDA_EXTENSION" not in os.environ:
+    from pyllm.testing import cuda_on_cpu
+
+    if cuda_on_cpu.compiler() is not None:
+        os.environ["PYLLM_CUDA_EXTENSION"] = str(cuda_on_cpu.build(ROOT))
+
 # Triton reads this when it is first imported: without a card its kernels run in its interpreter.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
