@@ -294,13 +294,17 @@ def _module_for(op: str, name: str, faces: str, values: list[Any]) -> ModuleType
 
 
 def _obstacle(module: ModuleType, stage: str, face: str, values: list[Any]) -> str | None:
-    device = next(value.device for value in values if isinstance(value, Tensor))
+    device = _device_of(values)
     if device.type == "cuda" and face in _CAPABILITY_OF_FACE:
         have, need = _capability(device.index), _CAPABILITY_OF_FACE[face]
         if have < need:
             return f"{device} has compute capability {have[0]}.{have[1]}, not {need[0]}.{need[1]}"
     unserved: Callable[..., str | None] | None = getattr(module, "unserved", None)
     return None if unserved is None else unserved(stage, *values)
+
+
+def _device_of(values: list[Any]) -> torch.device:
+    return next(value.device for value in values if isinstance(value, Tensor))
 
 
 @cache
