@@ -78,4 +78,13 @@ PYBIND11_MODULE(_cuda, module) {
 
   PYLLM_DEFINE(rms_norm_forward);
   PYLLM_DEFINE(rms_norm_backward);
+  PYLLM_DEFINE(sort_by_expert);
+  PYLLM_DEFINE(moe_dispatch_gather);
+  PYLLM_DEFINE(moe_combine_forward);
+  PYLLM_DEFINE(moe_combine_backward);
+  PYLLM_DEFINE(rope);
+  PYLLM_DEFINE(kv_append);
+  PYLLM_DEFINE(kv_append_int8);
+  PYLLM_DEFINE(route_topk_forward);
+  PYLLM_DEFINE(route_topk_backward);
 }

@@ -61,7 +61,7 @@ __global__ void __launch_bounds__(kMostTeam)
 // A block takes some rows. Longer rows than its threads have registers for are walked in chunks of
 // columns, the mean of a row being kept in between.
 template <class T, int count>
-__global__ void __launch_bounds__(kMostTeam)
+__global__ void __launch_bounds__(kMostTeam, 1)
     backward_kernel(const T* __restrict__ dy, const T* __restrict__ x,
                     const Wide<T>* __restrict__ weight, const Wide<T>* __restrict__ rstd,
                     T* __restrict__ dx, Wide<T>* __restrict__ means, Wide<T>* __restrict__ partials,

@@ -105,5 +105,5 @@ register_inference(
         " str face) -> ()"
     ),
     fake=_fake,
-    faces={"cpu": ("cpu", "reference"), "cuda": ("reference",)},
+    faces={"cpu": ("cpu", "reference"), "cuda": ("cuda", "reference")},
 )
