@@ -87,4 +87,8 @@ PYBIND11_MODULE(_cuda, module) {
   PYLLM_DEFINE(kv_append_int8);
   PYLLM_DEFINE(route_topk_forward);
   PYLLM_DEFINE(route_topk_backward);
+  PYLLM_DEFINE(decode_attention);
+  PYLLM_DEFINE(quantize_rows);
+  PYLLM_DEFINE(int8_matmul);
+  PYLLM_DEFINE(int8_weights);
 }

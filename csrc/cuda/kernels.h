@@ -72,4 +72,27 @@ void route_topk_backward(DType dtype, const void* dweights, const void* dbalance
                          std::int64_t rows, std::int64_t n_experts, std::int64_t top_k,
                          Stream stream);
 
+// decode_attention.cu. Strides in elements; scales null, but for an int8 cache. Scratch in the type
+// that sums are kept in: partial_y (batch * groups, n_chunks, n_tokens * per_group, width), the two
+// others without the width. n_chunks of `chunk` keys cover all that a query may see.
+void decode_attention(DType dtype, const void* q, const void* k_cache, std::int64_t k_batch,
+                      std::int64_t k_slot, std::int64_t k_head, const void* v_cache,
+                      std::int64_t v_batch, std::int64_t v_slot, std::int64_t v_head,
+                      const void* k_scales, const void* v_scales, const void* starts,
+                      const void* counts, double scale, std::int64_t window, std::int64_t sinks,
+                      std::int64_t ring, void* y, void* partial_y, void* partial_largest,
+                      void* partial_sum, std::int64_t batch, std::int64_t n_tokens,
+                      std::int64_t n_slots, std::int64_t groups, std::int64_t per_group,
+                      std::int64_t width, std::int64_t chunk, std::int64_t n_chunks, Stream stream);
+
+// int8_linear.cu. q: scratch, (rows, pitch) int8, pitch being the width rounded up to 16; scales:
+// (rows,) float32. int8_matmul takes what quantize_rows made; int8_weights x as it is.
+void quantize_rows(DType dtype, const void* x, void* q, void* scales, std::int64_t rows,
+                   std::int64_t width, std::int64_t pitch, Stream stream);
+void int8_matmul(DType dtype, const void* q, const void* scales, const void* weight,
+                 const void* weight_scale, void* y, std::int64_t rows, std::int64_t features,
+                 std::int64_t width, std::int64_t pitch, Stream stream);
+void int8_weights(DType dtype, const void* x, const void* weight, const void* weight_scale, void* y,
+                  std::int64_t rows, std::int64_t features, std::int64_t width, Stream stream);
+
 }  // namespace pyllm::cuda

@@ -31,6 +31,18 @@ __device__ __forceinline__ void narrow_to(__nv_bfloat16& to, float value) {
   to = __float2bfloat16_rn(value);
 }
 
+// The lowest finite number: where a search for the largest begins.
+template <class W>
+__device__ __forceinline__ W lowest();
+template <>
+__device__ __forceinline__ float lowest<float>() {
+  return -3.402823466e+38f;
+}
+template <>
+__device__ __forceinline__ double lowest<double>() {
+  return -1.7976931348623157e+308;
+}
+
 // A number in the type it is stored as, rounded to nearest even.
 template <class Storage>
 __device__ __forceinline__ Storage narrow(Wide<Storage> value) {
