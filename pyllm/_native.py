@@ -1,4 +1,6 @@
-"""Finds the compiled extension ``pyllm._cpu``, and says once per process when it is missing."""
+"""Finds the compiled extensions: ``pyllm._cpu``, and says once per process when it is missing;
+``pyllm._cuda``, which most machines have no use for.
+"""
 
 import importlib
 import importlib.util
@@ -10,6 +12,7 @@ from pathlib import Path
 from types import ModuleType
 
 _FAILURE_FILE = Path(__file__).parent / "_build_failure.txt"
+_CUDA_FAILURE_FILE = Path(__file__).parent / "_cuda_build_failure.txt"
 _REMEDY = (
     "Everything runs on the slower reference face. For the kernels, install a C++ compiler (Debian "
     "and Ubuntu: `sudo apt install g++`; macOS: `xcode-select --install`), then run `pip install "
@@ -71,7 +74,7 @@ def cpu_extension() -> ModuleType | None:
     import torch  # noqa: F401
 
     try:
-        module = _load()
+        module = _load("pyllm._cpu", _OTHER_BUILD)
     except ImportError as error:
         if _OTHER_BUILD:
             raise ValueError(
@@ -84,12 +87,59 @@ def cpu_extension() -> ModuleType | None:
     return module
 
 
-def _load() -> ModuleType:
-    if not _OTHER_BUILD:
-        return importlib.import_module("pyllm._cpu")
+@cache
+def cuda_extension() -> ModuleType | None:
+    """The module ``pyllm._cuda``, or None where it was not built or does not load.
+
+    ``PYLLM_CUDA_EXTENSION`` names another file to load in its place; it is read here, once, and
+    ``pyllm/testing/cuda_on_cpu.py`` builds one. A module whose ``ON_CPU`` is
+    true has the kernels compiled for the CPU, for tests: they run on CPU tensors only.
+
+    Raises:
+        ValueError: the file that ``PYLLM_CUDA_EXTENSION`` names does not load.
+    """
+    other_build = os.environ.get("PYLLM_CUDA_EXTENSION")
+    try:
+        return _load("pyllm._cuda", other_build)
+    except ImportError as error:
+        if other_build:
+            raise ValueError(
+                f"PYLLM_CUDA_EXTENSION={other_build!r} does not load as pyllm._cuda "
+                f"({error}); build it again, or unset PYLLM_CUDA_EXTENSION for the installed one"
+            ) from None
+        return None
+
+
+def cuda_on_cpu() -> bool:
+    """Are the CUDA kernels here those that run on the CPU?"""
+    module = cuda_extension()
+    return module is not None and bool(module.ON_CPU)
+
+
+def cuda_missing_reason() -> str | None:
+    """Why there is no ``pyllm._cuda``, in a few words; None where there is one."""
+    if cuda_extension() is not None:
+        return None
+    if importlib.util.find_spec("pyllm._cuda") is not None:
+        return "its extension does not load"
+    if _CUDA_FAILURE_FILE.exists():
+        return "it did not build when pyllm was installed"
+    return "it was never built here"
+
+
+def cuda_build_output() -> str | None:
+    """What the failed build of ``pyllm._cuda`` printed; None where no build failed."""
+    if not _CUDA_FAILURE_FILE.exists():
+        return None
+    return _CUDA_FAILURE_FILE.read_text(encoding="utf-8", errors="replace").strip()
+
+
+def _load(name: str, other_build: str | None) -> ModuleType:
+    if not other_build:
+        return importlib.import_module(name)
     # A loader of its own: from a path, importlib picks one by how the name ends.
-    loader = ExtensionFileLoader("pyllm._cpu", _OTHER_BUILD)
-    spec = importlib.util.spec_from_file_location("pyllm._cpu", _OTHER_BUILD, loader=loader)
+    loader = ExtensionFileLoader(name, other_build)
+    spec = importlib.util.spec_from_file_location(name, other_build, loader=loader)
     assert spec is not None
     module = importlib.util.module_from_spec(spec)
     loader.exec_module(module)

@@ -16,7 +16,14 @@ from typing import TYPE_CHECKING
 
 from pyllm._cli import run
 from pyllm._memory import memory_bytes
-from pyllm._native import build_output, cpu_extension, missing_reason
+from pyllm._native import (
+    build_output,
+    cpu_extension,
+    cuda_build_output,
+    cuda_extension,
+    cuda_missing_reason,
+    missing_reason,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -184,7 +191,18 @@ def kernels() -> list[Finding]:
                 "OpenMP runtime", "\n".join(runtimes) or "none", remedy if len(runtimes) > 1 else ""
             )
         )
-    return found + _faces()
+    return found + _cuda_kernels() + _faces()
+
+
+def _cuda_kernels() -> list[Finding]:
+    extension = cuda_extension()
+    if extension is not None:
+        where = "compiled for the CPU, for tests" if extension.ON_CPU else "pyllm._cuda is built"
+        return [Finding("CUDA kernels", where)]
+    remedy = "with nvcc on PATH: `pip install -e .`; where there is no card, PYLLM_CUDA=1 before it"
+    found = [Finding("CUDA kernels", f"missing: {cuda_missing_reason()}", remedy)]
+    output = cuda_build_output()
+    return found if output is None else [*found, Finding("its build's output", output)]
 
 
 def _faces() -> list[Finding]:

@@ -22,6 +22,13 @@ from pyllm._native import cpu_extension
 
 ROOT = Path(__file__).resolve().parent.parent
 
+# Without a card the CUDA kernels are compiled for the CPU: a minute the first time.
+if not torch.cuda.is_available() and "PYLLM_CUDA_EXTENSION" not in os.environ:
+    from pyllm.testing import cuda_on_cpu
+
+    if cuda_on_cpu.compiler() is not None:
+        os.environ["PYLLM_CUDA_EXTENSION"] = str(cuda_on_cpu.build(ROOT))
+
 # Triton reads this when it is first imported: without a card its kernels run in its interpreter.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -142,9 +149,22 @@ def pytest_testnodedown(node: Any) -> None:
         verdicts[operation, mutant] = killed
 
 
+NOT_SHOWN_WITHOUT_A_CARD = (
+    "Triton's interpreter: races, masked loads without a value (0 here, anything there), TF32",
+    "Triton's and nvcc's compilers alone: that the code runs, and what it computes",
+    "CUDA C++ on the CPU: races of two instants, weak memory order, contracted products, exp and "
+    "rsqrt as the card has them, addresses outside of a tensor, the launch itself and its streams",
+    "either: speed, the memory that a card needs, CUDA graphs",
+)
+
+
 def pytest_terminal_summary(
     terminalreporter: pytest.TerminalReporter, config: pytest.Config
 ) -> None:
+    if not torch.cuda.is_available():
+        terminalreporter.write_line("no card here, so nothing above shows this of GPU kernels:")
+        for line in NOT_SHOWN_WITHOUT_A_CARD:
+            terminalreporter.write_line(f"  {line}")
     verdicts = config.stash.get(_VERDICTS, {})
     if not verdicts:
         return

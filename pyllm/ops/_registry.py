@@ -6,10 +6,16 @@ travels with the call and the backward runs the same face as the forward.
 
 ``torch.library.Library.define / impl`` is used rather than ``custom_op``: a call costs about 3
 microseconds instead of 6 to 11.
+
+A face that does not serve everything has a function ``unserved`` beside its two others:
+``unserved(stage, *arguments)`` gives the reason why ``<op>_<stage>`` does not serve these
+arguments, or None. The next best face then takes the call, and a warning says so once; a face that
+was asked for by name raises the reason.
 """
 
 import importlib
 import os
+import warnings
 from collections.abc import Callable
 from functools import cache
 from types import ModuleType
@@ -19,7 +25,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from pyllm._native import cpu_extension
+from pyllm._native import cpu_extension, cuda_extension, cuda_on_cpu
 
 LIBRARY = torch.library.Library("pyllm", "DEF")
 
@@ -27,16 +33,13 @@ FACE_PACKAGES = {
     "reference": "pyllm.reference",
     "cpu": "pyllm.cpu_kernels",
     "triton": "pyllm.triton_kernels",
+    "cuda": "pyllm.cuda_kernels",
     "torch": "pyllm.torch_kernels",
 }
 _DEVICE_KEYS = ("CPU", "CUDA", "MPS")
 
-# Faces written for some devices only: a raw address of another device would crash the process.
-# Triton's interpreter, where it is on, runs on CPU tensors.
-_DEVICES_OF_FACE = {
-    "cpu": ("cpu", "meta"),
-    "triton": ("cuda", "meta") + ("cpu",) * (os.environ.get("TRITON_INTERPRET") == "1"),
-}
+# The compute capability that a face needs of a card: Triton has dropped Turing.
+_CAPABILITY_OF_FACE = {"triton": (8, 0), "cuda": (7, 5)}
 
 # Read once, here: no getenv on the path of a call.
 _FORCED_FACE = os.environ.get("PYLLM_FACE") or None
@@ -52,7 +55,7 @@ PREFERENCES: dict[str, dict[str, tuple[str, ...]]] = {}
 @cache
 def face_module(op: str, face: str) -> ModuleType | None:
     """The module that holds ``<op>_forward`` and ``<op>_backward``, or None where there is none."""
-    if face == "cpu" and cpu_extension() is None:
+    if face == "cpu" and cpu_extension() is None or face == "cuda" and cuda_extension() is None:
         return None
     name = f"{FACE_PACKAGES[face]}.{op}"
     try:
@@ -70,24 +73,75 @@ def available_faces(op: str) -> tuple[str, ...]:
     return tuple(face for face in FACE_PACKAGES if face_module(op, face) is not None)
 
 
+@cache
+def _devices_of(face: str) -> tuple[str, ...] | None:
+    """The devices a face is written for: a raw address of another would crash the process.
+
+    None for all of them. Without a card, Triton's interpreter and CUDA kernels that were compiled
+    for the CPU run on CPU tensors.
+    """
+    if face == "triton":
+        interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+        return ("cuda", "meta") + ("cpu",) * interpreted
+    if face == "cuda":
+        return ("cpu" if cuda_on_cpu() else "cuda", "meta")
+    return ("cpu", "meta") if face == "cpu" else None
+
+
+@cache
+def _capability(index: int) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(index)
+
+
+@cache
+def _best_capability() -> tuple[int, int] | None:
+    """Of the cards of this machine; None without one."""
+    if not torch.cuda.is_available():
+        return None
+    return max(_capability(index) for index in range(torch.cuda.device_count()))
+
+
 def _serves(op: str, face: str, device_type: str) -> bool:
-    if device_type not in _DEVICES_OF_FACE.get(face, (device_type,)):
+    devices = _devices_of(face)
+    if devices is not None and device_type not in devices:
         return False
+    if device_type == "cuda" and face in _CAPABILITY_OF_FACE:
+        best = _best_capability()
+        if best is not None and best < _CAPABILITY_OF_FACE[face]:
+            return False
     return face_module(op, face) is not None
 
 
 @cache
 def _best_face(op: str, device_type: str) -> str:
-    preferred = PREFERENCES[op].get(device_type, ())
+    """The best face, and after commas those that follow while one has limits."""
+    preferred = (*PREFERENCES[op].get(device_type, ()), "reference")
     if _FORCED_FACE is not None:
         preferred = (_FORCED_FACE, *preferred)
-    return next((face for face in preferred if _serves(op, face, device_type)), "reference")
+    best: list[str] = []
+    for face in dict.fromkeys(preferred):
+        if _serves(op, face, device_type):
+            best.append(face)
+            if _unlimited(op, face) is not None:
+                break
+    return ",".join(best)
+
+
+@cache
+def _unlimited(op: str, face: str) -> ModuleType | None:
+    """The module of a face that serves every call that its device can make; else None."""
+    module = None if "," in face else face_module(op, face)
+    several_cards = face in _CAPABILITY_OF_FACE and torch.cuda.device_count() > 1
+    return None if several_cards or hasattr(module, "unserved") else module
 
 
 def choose_face(op: str, device_type: str, face: str | None) -> str:
     """Explicit argument, then ``PYLLM_FACE``, then the best face for the device.
 
     ``PYLLM_FACE`` is a wish: an operation without that face takes the best one it has.
+
+    Returns:
+        A face, or several with commas between: the first one that serves the call will take it.
 
     Raises:
         ValueError: ``face`` names no face of ``op`` on this machine and device.
@@ -204,9 +258,7 @@ def _define(op: str, name: str, schema: str, fake: Callable[..., Any]) -> None:
 def _runner(op: str, name: str, written: tuple[int, ...]) -> Callable[..., Any]:
     def run(*arguments: Any) -> Any:
         *values, face = arguments
-        module = face_module(op, face)
-        if module is None:
-            raise ValueError(f"{op} has no face {face!r} on this machine")
+        module = _unlimited(op, face) or _module_for(op, name, face, values)
         results = getattr(module, name)(*values)
         for place in written:  # a kernel writes past PyTorch, which counts the writes to a tensor
             if arguments[place] is not None:
@@ -219,3 +271,44 @@ def _runner(op: str, name: str, written: tuple[int, ...]) -> Callable[..., Any]:
         return tuple(result.contiguous() for result in results)
 
     return run
+
+
+def _module_for(op: str, name: str, faces: str, values: list[Any]) -> ModuleType:
+    """The first of these faces that serves the call, with a warning if it is not the first of all.
+
+    Raises:
+        ValueError: none of them does.
+    """
+    obstacles: list[str] = []
+    for face in faces.split(","):
+        module = face_module(op, face)
+        if module is None:
+            raise ValueError(f"{op} has no face {face!r} on this machine")
+        obstacle = _obstacle(module, name.removeprefix(f"{op}_"), face, values)
+        if obstacle is None:
+            if obstacles:
+                _say_once(op, face, "; ".join(obstacles))
+            return module
+        obstacles.append(f"{face}: {obstacle}")
+    raise ValueError(f"{op} does not serve this call: {'; '.join(obstacles)}")
+
+
+def _obstacle(module: ModuleType, stage: str, face: str, values: list[Any]) -> str | None:
+    device = _device_of(values)
+    if device.type == "cuda" and face in _CAPABILITY_OF_FACE:
+        have, need = _capability(device.index), _CAPABILITY_OF_FACE[face]
+        if have < need:
+            return f"{device} has compute capability {have[0]}.{have[1]}, not {need[0]}.{need[1]}"
+    unserved: Callable[..., str | None] | None = getattr(module, "unserved", None)
+    return None if unserved is None else unserved(stage, *values)
+
+
+def _device_of(values: list[Any]) -> torch.device:
+    return next(value.device for value in values if isinstance(value, Tensor))
+
+
+@cache
+def _say_once(op: str, face: str, reason: str) -> None:
+    warnings.warn(
+        f"{op} runs on the {face} face, which is slower ({reason})", UserWarning, stacklevel=2
+    )

@@ -148,5 +148,5 @@ register_inference(
         " -> Tensor"
     ),
     fake=_fake,
-    faces={"cpu": ("cpu", "reference"), "cuda": ("reference",)},
+    faces={"cpu": ("cpu", "reference"), "cuda": ("cuda", "reference")},
 )

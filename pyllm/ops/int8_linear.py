@@ -114,5 +114,5 @@ register_inference(
         "(Tensor x, Tensor weight, Tensor weight_scale, bool quantize_input, str face) -> Tensor"
     ),
     fake=_fake,
-    faces={"cpu": ("cpu", "reference"), "cuda": ("reference",)},
+    faces={"cpu": ("cpu", "reference"), "cuda": ("cuda", "reference")},
 )

@@ -106,5 +106,5 @@ register_inference(
         " str face) -> ()"
     ),
     fake=_fake,
-    faces={"cpu": ("cpu", "reference"), "cuda": ("reference",)},
+    faces={"cpu": ("cpu", "reference"), "cuda": ("cuda", "reference")},
 )

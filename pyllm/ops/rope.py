@@ -56,5 +56,5 @@ register(
     fake_backward=_fake,
     setup_context=_setup_context,
     gradient=_gradient,
-    faces={"cpu": ("cpu", "reference"), "cuda": ("triton", "reference")},
+    faces={"cpu": ("cpu", "reference"), "cuda": ("triton", "cuda", "reference")},
 )

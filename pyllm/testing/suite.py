@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
+from pyllm._native import cuda_on_cpu
 from pyllm.testing.check import (
     Result,
     check_door,
@@ -32,15 +33,24 @@ from pyllm.testing.source_mutants import SourceMutant, source_mutants
 
 MUTANT_VOLUME = 100_000
 """Product of a case's sizes up to which it is tried on source mutants that small cases miss."""
+INTERPRETED = ("triton", "cuda")
+"""Faces of a card, which are slow here: Triton's interpreter, a fiber for each thread of CUDA."""
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def faces_on(device: str, available: Sequence[str]) -> list[str]:
-    """The faces that can run on ``device``: on a CPU, Triton only through its interpreter."""
-    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-    if device == "cpu":
-        return [face for face in available if face != "triton" or interpreted]
-    return [face for face in available if face != "cpu"]
+    """The faces that can run on ``device``.
+
+    On a CPU, Triton only through its interpreter, and CUDA kernels only if compiled for it.
+    """
+    if device != "cpu":
+        return [face for face in available if face != "cpu"]
+    absent = set()
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        absent.add("triton")
+    if not cuda_on_cpu():
+        absent.add("cuda")
+    return [face for face in available if face not in absent]
 
 
 def parameters(
@@ -169,8 +179,8 @@ class ForwardSuite(TinySuite):
 
     def test_life_size(self, face: str) -> None:
         """The sizes of real models, those the benchmark times, in the dtypes they run in."""
-        if face in ("reference", "triton"):
-            raise SkipTest("the truth itself, or an interpreter")
+        if face == "reference" or face in INTERPRETED:
+            raise SkipTest("the truth itself, or a face made for another device")
         for sizes in self.operation.bench.values():
             case = self.operation.case(sizes)
             for dtype in (torch.float32, torch.bfloat16):
@@ -225,8 +235,8 @@ class ForwardSuite(TinySuite):
 
     def test_deterministic(self, face: str, set_threads: Callable[[int], None]) -> None:
         """The same bits over ten runs, and on the cpu face over one, two and three threads."""
-        case = self.operation.smoke_cases[-1 if face == "triton" else 2]
-        if face != "triton":
+        case = self.operation.smoke_cases[-1 if face in INTERPRETED else 2]
+        if face not in INTERPRETED:
             case = max(self.operation.hostile_cases, key=_volume)
         inputs = case.make_inputs(torch.float32)
         upstreams = expectations(case, torch.float32, "cpu", 0)[2]

@@ -4,11 +4,15 @@ import inspect
 import os
 import subprocess
 import sys
+import warnings
+from collections.abc import Iterator
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from pyllm.ops import available_faces, rms_norm
+from pyllm._native import cuda_on_cpu
+from pyllm.ops import _registry, available_faces, rms_norm
 from pyllm.ops._registry import FACE_PACKAGES, choose_face, face_module
 from pyllm.testing import OPERATIONS
 
@@ -48,13 +52,115 @@ def test_an_unknown_face() -> None:
 
 @pytest.mark.parametrize("op", OPERATIONS)
 def test_a_face_gets_no_foreign_tensors(op: str) -> None:
-    for face in ("cpu", "triton"):
+    for face in ("cpu", "triton", "cuda"):
         if face not in available_faces(op):
             continue
-        device = "cuda" if face == "cpu" else "mps"
+        device = "cuda" if face == "cpu" or face == "cuda" and cuda_on_cpu() else "mps"
         with pytest.raises(ValueError, match=f"no face '{face}' here for tensors on {device}"):
             choose_face(op, device, face)
         assert choose_face(op, device, None) != face
+
+
+LIMIT = "rows of more than 4"
+
+
+@pytest.fixture
+def limited(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """The best face of rms_norm serves short rows only; the calls that it gets."""
+    calls: list[str] = []
+    sound = face_module("rms_norm", "reference")
+
+    def forward(*arguments: object) -> object:
+        calls.append("forward")
+        return sound.rms_norm_forward(*arguments)
+
+    def backward(*arguments: object) -> object:
+        calls.append("backward")
+        return sound.rms_norm_backward(*arguments)
+
+    def unserved(stage: str, *arguments: torch.Tensor) -> str | None:
+        assert stage in ("forward", "backward")
+        return LIMIT if arguments[0].shape[-1] > 4 else None
+
+    face = SimpleNamespace(rms_norm_forward=forward, rms_norm_backward=backward, unserved=unserved)
+
+    def find(op: str, name: str) -> object:
+        return face if (op, name) == ("rms_norm", "torch") else face_module(op, name)
+
+    def forget() -> None:
+        for cached in ("_best_face", "_unlimited", "_say_once", "available_faces"):
+            getattr(_registry, cached).cache_clear()
+
+    monkeypatch.setattr(_registry, "face_module", find)
+    monkeypatch.setitem(_registry.PREFERENCES["rms_norm"], "cpu", ("torch", "reference"))
+    forget()
+    yield calls
+    monkeypatch.undo()
+    forget()
+
+
+def test_a_face_leaves_to_the_next_what_it_does_not_serve(limited: list[str]) -> None:
+    assert choose_face("rms_norm", "cpu", None) == "torch,reference"
+    short, long = torch.randn(2, 3, requires_grad=True), torch.randn(2, 5, requires_grad=True)
+    rms_norm(short, torch.ones(3)).sum().backward()
+    assert limited == ["forward", "backward"]
+    with pytest.warns(UserWarning, match=f"rms_norm runs on the reference face.*torch: {LIMIT}"):
+        y = rms_norm(long, torch.ones(5))
+    y.sum().backward()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # it was said once
+        again = rms_norm(long, torch.ones(5))
+    assert torch.equal(y, again)
+    assert torch.equal(y, rms_norm(long, torch.ones(5), face="reference"))
+    assert limited == ["forward", "backward"]
+
+
+def test_a_face_that_was_asked_for_is_not_replaced(limited: list[str]) -> None:
+    assert choose_face("rms_norm", "cpu", "torch") == "torch"
+    with pytest.raises(ValueError, match=f"rms_norm does not serve this call: torch: {LIMIT}"):
+        rms_norm(torch.randn(2, 5), torch.ones(5), face="torch")
+
+
+def test_a_compiled_call_leaves_it_to_the_next_as_well(limited: list[str]) -> None:
+    torch.compiler.reset()
+    compiled = torch.compile(rms_norm, fullgraph=True, backend="aot_eager")
+    long = torch.randn(2, 5)
+    with pytest.warns(UserWarning, match=LIMIT):
+        y = compiled(long, torch.ones(5))
+    assert torch.equal(y, rms_norm(long, torch.ones(5), face="reference"))
+
+
+@pytest.mark.parametrize(
+    ("capability", "faces"),
+    [
+        ((7, 0), {"triton": False, "cuda": False}),
+        ((7, 5), {"triton": False, "cuda": True}),
+        ((8, 0), {"triton": True, "cuda": True}),
+        ((9, 0), {"triton": True, "cuda": True}),
+        (None, {"triton": True, "cuda": True}),
+    ],
+    ids=str,
+)
+def test_what_a_card_must_be_capable_of(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int] | None, faces: dict[str, bool]
+) -> None:
+    monkeypatch.setattr(_registry, "_best_capability", lambda: capability)
+    monkeypatch.setattr(_registry, "_devices_of", lambda face: ("cuda",))
+    monkeypatch.setattr(_registry, "face_module", lambda op, face: SimpleNamespace())
+    for face, served in faces.items():
+        assert _registry._serves("rms_norm", face, "cuda") is served
+
+
+def test_each_of_several_cards_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two cards: what the better one can run was chosen, and the other one gets a call."""
+    cards = {0: (9, 0), 1: (7, 5)}
+    monkeypatch.setattr(_registry, "_capability", cards.__getitem__)
+    face = SimpleNamespace()
+    for index, expected in ((0, None), (1, "cuda:1 has compute capability 7.5, not 8.0")):
+        card = torch.device("cuda", index)
+        monkeypatch.setattr(_registry, "_device_of", lambda values, card=card: card)
+        assert _registry._obstacle(face, "forward", "triton", []) == expected
+        assert _registry._obstacle(face, "forward", "cuda", []) is None
 
 
 def _python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:

@@ -1,0 +1,138 @@
+// Small kernels with a fault each, and arithmetic, for test_cuda_on_cpu.py.
+#include <cstdio>
+
+#include "cuda/numeric.h"
+#include "cuda/reduce.h"
+
+namespace pyllm::cuda {
+namespace {
+
+__global__ void reversed(const int* from, int* to, bool with_barrier) {
+  PYLLM_SHARED(int, values, [64]);
+  values[threadIdx.x] = from[threadIdx.x];
+  if (with_barrier) __syncthreads();
+  to[threadIdx.x] = values[63 - threadIdx.x];
+}
+
+__global__ void stale(float* to) {
+  PYLLM_SHARED(float, values, [32]);
+  to[blockIdx.x * 32 + threadIdx.x] = values[threadIdx.x];
+  values[threadIdx.x] = 1.0f;
+}
+
+__global__ void half_way() {
+  if (threadIdx.x < 40) __syncthreads();
+}
+__global__ void two_barriers() {
+  if (threadIdx.x < 32) {
+    __syncthreads();
+  } else {
+    __syncthreads();
+  }
+}
+__global__ void not_all_lanes() {
+  if (threadIdx.x != 5) __syncwarp();
+}
+__global__ void not_in_the_mask() { __ballot_sync(0xffu, 1); }
+__global__ void from_outside() {
+  if (threadIdx.x < 8) __shfl_sync(0xffu, 1, 9);
+}
+__global__ void two_collectives() {
+  if (threadIdx.x % 2 == 0) {
+    __ballot_sync(kAllLanes, 1);
+  } else {
+    __shfl_sync(kAllLanes, 1, 0);
+  }
+}
+__global__ void misaligned(const float* from) { load_pack<4>(from + 1); }
+__global__ void too_much_shared() {
+  PYLLM_SHARED(float, values, [12289]);
+  values[0] = 0;
+}
+
+// A row of numbers for each collective, lane by lane.
+__global__ void collectives(int* to) {
+  const int lane = static_cast<int>(threadIdx.x);
+  to[lane] = __shfl_xor_sync(kAllLanes, lane, 5);
+  to[32 + lane] = __shfl_up_sync(kAllLanes, lane, 3);
+  to[64 + lane] = __shfl_down_sync(kAllLanes, lane, 3, 8);
+  to[96 + lane] = __shfl_sync(kAllLanes, lane, 9, 8);
+  to[128 + lane] = static_cast<int>(__ballot_sync(kAllLanes, lane % 3 == 0));
+  to[160 + lane] = static_cast<int>(__match_any_sync(kAllLanes, lane / 10));
+  to[192 + lane] = __dp4a(static_cast<int>(0x80ff7f01u), 0x02030405, lane);
+  if (lane < 16) {
+    to[224 + lane] = __shfl_xor_sync(0xffffu, lane, 1);
+  } else {
+    to[224 + lane] = __shfl_xor_sync(0xffff0000u, lane, 1);
+  }
+}
+
+template <class... Parameters, class... Arguments>
+void attempt(const char* name, void (*kernel)(Parameters...), int threads, Arguments... arguments) {
+  try {
+    launch(name, kernel, {1}, threads, 0, Stream{nullptr}, arguments...);
+    std::printf("%s: nothing\n", name);
+  } catch (const std::exception& error) {
+    std::printf("%s\n", error.what());
+  }
+}
+
+void print(const char* name, const int* values, int count) {
+  std::printf("%s", name);
+  for (int i = 0; i < count; ++i) std::printf(" %d", values[i]);
+  std::printf("\n");
+}
+
+template <class H>
+void print_arithmetic(const char* name) {
+  unsigned state = 1;
+  const auto next = [&state] {
+    for (;;) {
+      state = state * 1664525u + 1013904223u;
+      const H number = cuda_bits<H>(static_cast<std::uint16_t>(state >> 16));
+      if (std::isfinite(float(number))) return number;
+    }
+  };
+  for (int i = 0; i < 20000; ++i) {
+    const H a = next(), b = next(), c = next();
+    const H values[] = {a, b, c, a + b, a * b, a / b, __hfma(a, b, c)};
+    std::printf("%s", name);
+    for (const H value : values) std::printf(" %d", value.bits);
+    std::printf("\n");
+  }
+}
+
+}  // namespace
+}  // namespace pyllm::cuda
+
+int main() {
+  using namespace pyllm::cuda;
+  int from[64], to[256] = {};
+  for (int i = 0; i < 64; ++i) from[i] = i;
+  for (const unsigned order : {0u, 1u, 7u}) {
+    cuda_on_cpu::machine.set_order(order);
+    for (const bool with_barrier : {true, false}) {
+      launch("reversed", reversed, {1}, 64, 0, Stream{nullptr}, from, to, with_barrier);
+      print(with_barrier ? "with" : "without", to, 64);
+    }
+  }
+  cuda_on_cpu::machine.set_order(0);
+  float fresh[64];
+  launch("stale", stale, {2}, 32, 0, Stream{nullptr}, fresh);
+  int n_nan = 0;
+  for (const float value : fresh) n_nan += value != value;
+  print("stale", &n_nan, 1);
+  attempt("half_way", half_way, 64);
+  attempt("two_barriers", two_barriers, 64);
+  attempt("not_all_lanes", not_all_lanes, 32);
+  attempt("not_in_the_mask", not_in_the_mask, 32);
+  attempt("from_outside", from_outside, 32);
+  attempt("two_collectives", two_collectives, 32);
+  attempt("misaligned", misaligned, 32, fresh);
+  attempt("too_much_shared", too_much_shared, 32);
+  attempt("no_warp", half_way, 40);
+  launch("collectives", collectives, {1}, 32, 0, Stream{nullptr}, to);
+  print("collectives", to, 256);
+  print_arithmetic<__half>("float16");
+  print_arithmetic<__nv_bfloat16>("bfloat16");
+}

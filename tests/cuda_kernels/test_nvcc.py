@@ -1,0 +1,88 @@
+"""Every CUDA file compiled for every card the project names, on a machine without one."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+CAPABILITIES = (75, 80, 86, 89, 90)
+STATIC_SHARED = 48 * 1024
+"""Bytes of static shared memory that a block may have on any card."""
+SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
+NVCC = shutil.which("nvcc")
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(NVCC is None, reason="nvcc is not on PATH"),
+]
+_KERNEL = re.compile(
+    r"Compiling entry function '(?P<name>\S+)' for 'sm_(?P<capability>\d+)'"
+    r".*?(?P<stores>\d+) bytes spill stores, (?P<loads>\d+) bytes spill loads"
+    r".*?Used (?P<registers>\d+) registers(?P<rest>[^\n]*)",
+    re.DOTALL,
+)
+
+
+@pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.stem)
+def test_no_spills_and_shared_memory_fits(source: Path, tmp_path: Path) -> None:
+    targets = [f"-gencode=arch=compute_{one},code=sm_{one}" for one in CAPABILITIES]
+    strict = ["-Werror", "all-warnings", "-Xptxas", "-v"]
+    flags = ["-std=c++17", "-O3", f"-I{ROOT / 'csrc'}", "--threads", "2", *strict, *targets]
+    command = [str(NVCC), *flags, "-c", str(source), "-o", str(tmp_path / "kernel.o")]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    kernels = [match.groupdict() for match in _KERNEL.finditer(result.stdout + result.stderr)]
+    assert {int(kernel["capability"]) for kernel in kernels} == set(CAPABILITIES)
+    for kernel in kernels:
+        what = f"{kernel['name']} on sm_{kernel['capability']}"
+        assert (kernel["stores"], kernel["loads"]) == ("0", "0"), f"{what} spills registers"
+        shared = re.search(r"(\d+) bytes smem", kernel["rest"])
+        assert shared is None or int(shared.group(1)) <= STATIC_SHARED, what
+
+
+def test_a_call_without_a_driver_is_an_error(tmp_path: Path) -> None:
+    """The extension builds and loads where there is no card; a launch there says what is wrong."""
+    if shutil.which("cmake") is None or shutil.which("ninja") is None:
+        pytest.skip("cmake and ninja are not on PATH")
+    if shutil.which("nvidia-smi") is not None:
+        pytest.skip("there is a driver here")
+    command = [sys.executable, "setup.py", "-q", "build_ext", "--build-lib", str(tmp_path / "out")]
+    result = subprocess.run(
+        [*command, "--build-temp", str(tmp_path / "temp")],
+        cwd=ROOT,
+        env={
+            **os.environ,
+            "PYLLM_CUDA": "1",
+            "PYLLM_CUDA_ARCHS": "75",
+            "CXX": shutil.which("c++") or "c++",
+        },
+        capture_output=True,
+        text=True,
+    )
+    built = list((tmp_path / "out" / "pyllm").glob("_cuda*"))
+    assert built, result.stdout + result.stderr
+    code = """
+from pyllm._native import cuda_extension
+native = cuda_extension()
+assert not native.ON_CPU
+native.rms_norm_forward(0, 16, 16, 0.0, 16, 16, 0, 8, 0)
+for rows in (2**45, 3):
+    try:
+        native.rms_norm_forward(0, 16, 16, 0.0, 16, 16, rows, 8, 0)
+    except (ValueError, RuntimeError) as error:
+        print(error)
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYLLM_CUDA_EXTENSION": str(built[0])},
+        capture_output=True,
+        text=True,
+    )
+    too_large, no_driver = result.stdout.splitlines()
+    assert "x 1 x 1 blocks of 128 threads cannot be launched" in too_large
+    assert "rms_norm_forward: CUDA driver version is insufficient" in no_driver
