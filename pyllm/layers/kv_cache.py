@@ -157,9 +157,8 @@ class KVCache:
 
     def as_held(self, x_BTGK: Tensor) -> Tensor:
         """New keys or values as an int8 cache will give them back, in their own dtype."""
-        q_NGK, scale_NG = quantize_heads(x_BTGK.flatten(0, 1))
-        held_NGK = widened(q_NGK, scale_NG, accumulation_dtype(x_BTGK.dtype))
-        return held_NGK.view(x_BTGK.shape).to(x_BTGK.dtype)
+        q_BTGK, scale_BTG = quantize_heads(x_BTGK)
+        return widened(q_BTGK, scale_BTG, accumulation_dtype(x_BTGK.dtype)).to(x_BTGK.dtype)
 
     def check_window(self, whose: str, window: int | None, sinks: int) -> None:
         """What rolls keeps what one window and its sinks see, and no other.
