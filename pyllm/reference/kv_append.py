@@ -24,7 +24,6 @@ a row that is not finite gives zeros and a scale that is not, so that it comes b
 There is no backward: a cache is for inference.
 """
 
-import torch
 from torch import Tensor
 
 from pyllm.reference.decode_attention import held_positions

@@ -123,8 +123,8 @@ INVISIBLE = {
     "sample_token: config.top_p < 1 -> config.top_p <= 1": _SAME,
     "sample_token: 1 -> 2 (2)": _SAME,
     "sample_token: before_BC < config.top_p -> before_BC <= config.top_p": _ROUNDING,
-    "_penalised: logits_BV < 0 -> logits_BV <= 0": "nothing, multiplied or divided",
-    "_penalised: moved_BV.clamp(LIMITS.min, LIMITS.max) -> moved_BV": (
+    "penalised: logits_BV < 0 -> logits_BV <= 0": "nothing, multiplied or divided",
+    "penalised: moved_BV.clamp(LIMITS.min, LIMITS.max) -> moved_BV": (
         "only of logits near the end of float32: test_bad_input.py"
     ),
     "_candidates: min(config.top_k, n_words) -> min(n_words, config.top_k)": _SAME,
