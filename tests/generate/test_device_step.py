@@ -3,16 +3,18 @@
 What only a GPU shows (the capture itself, the order of its streams) is in ``tests/test_gpu.py``.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from pyllm.generate import SamplingConfig, Session, next_logits, session
-from pyllm.generate.device_step import UNIFORM, Ahead
+from pyllm.generate import SamplingConfig, Session, device_step, next_logits, session
+from pyllm.generate.device_step import UNIFORM, Ahead, DeviceStep, capture_graph
 from pyllm.layers import StepCache
 from pyllm.models import ModelConfig, Transformer, quantize_model
 
@@ -60,9 +62,7 @@ def write(
     return added
 
 
-def both(
-    monkeypatch: pytest.MonkeyPatch, run: Callable[[], Any]
-) -> tuple[Any, Any]:
+def both(monkeypatch: pytest.MonkeyPatch, run: Callable[[], Any]) -> tuple[Any, Any]:
     """What ``run`` gives ahead of the host, and what step by step."""
     ahead = run()
     with monkeypatch.context() as patch:
@@ -222,8 +222,10 @@ def test_an_interrupted_step_can_be_repeated(ahead: None, monkeypatch: Any) -> N
             one.step()
             if interrupted and number % 2:
                 with monkeypatch.context() as patch:
-                    place = ("pyllm.generate.device_step.Reading.read", "pyllm.generate.session."
-                             "Session._count")[number // 2]
+                    place = (
+                        "pyllm.generate.device_step.Reading.read",
+                        "pyllm.generate.session.Session._count",
+                    )[number // 2]
                     patch.setattr(place, _interrupt)
                     with pytest.raises(KeyboardInterrupt):
                         one.step()
@@ -266,3 +268,118 @@ def test_a_context_of_one_token(ahead: None, monkeypatch: Any) -> None:
     model = make_model(replace(CONFIG, max_seq_len=1))
     one, other = both(monkeypatch, lambda: write(Session(model), [[5]], GREEDY))
     assert one == other and len(one[0]) == 12
+
+
+class FakeCuda:
+    """What a capture calls, without a card: says in which order, and fails where it is told to."""
+
+    def __init__(self, fails: str = "") -> None:
+        self.calls: list[str] = []
+        self.fails = fails
+
+    def called(self, name: str) -> None:
+        self.calls.append(name)
+        if self.fails and name.startswith(self.fails):
+            raise RuntimeError(f"{name}: not here\nand more")
+
+    def CUDAGraph(self) -> Any:
+        return SimpleNamespace(replay=lambda: self.called("replay"))
+
+    def get_sync_debug_mode(self) -> int:
+        return 0
+
+    def set_sync_debug_mode(self, mode: int | str) -> None:
+        self.calls.append(f"mode {mode}")
+
+    def Stream(self) -> Any:
+        return SimpleNamespace(wait_stream=lambda other: None)
+
+    current_stream = Stream
+
+    @contextmanager
+    def stream(self, stream: Any) -> Iterator[None]:
+        self.called("warm-up")
+        yield
+
+    @contextmanager
+    def graph(self, graph: Any, **settings: Any) -> Iterator[None]:
+        self.called("capture")
+        yield
+
+
+@pytest.mark.parametrize("fails", ["", "warm-up", "capture"])
+@torch.inference_mode()
+def test_a_capture_leaves_all_as_it_was(fails: str, monkeypatch: Any) -> None:
+    """Its steps write nothing and draw nothing; where it fails, the step is run as it is."""
+    cuda = FakeCuda(fails)
+    monkeypatch.setattr(device_step, "_said", set())
+    one = Session(make_model(CONFIG), 2)
+    step = DeviceStep(one.model, one.cache, 67)
+    step.begin(WAYS["greedy"], (), [], None)
+    step.stand({0: 5})
+    before = {name: value.clone() for name, value in tensors(step).items()}
+    cache = one.cache.store.clone()
+    monkeypatch.setattr(torch, "cuda", cuda)
+    with pytest.warns(UserWarning, match="no CUDA graph") if fails else nullcontext():
+        found = capture_graph(step)
+    for name, value in tensors(step).items():
+        assert name == "out_B" or torch.equal(value, before[name]), name
+    assert torch.equal(one.cache.store, cache)
+    assert cuda.calls[-1] == "mode 0"
+    if fails:
+        assert found == step.run
+        capture_graph(step)  # a second warning would be an error
+    else:
+        assert cuda.calls == ["warm-up", "mode 0", "mode error", "mode 0", "capture", "mode 0"]
+        found()
+        assert cuda.calls[-1] == "replay"
+
+
+def tensors(step: DeviceStep) -> dict[str, Tensor]:
+    found = {name: value for name, value in vars(step).items() if isinstance(value, Tensor)}
+    return {**found, "starts_B": step.at.starts_B}
+
+
+def test_what_cannot_be_captured_is_said_once(monkeypatch: Any) -> None:
+    monkeypatch.setattr(device_step, "DEVICES", ("cpu",))
+    monkeypatch.setattr(device_step, "_said", set())
+    monkeypatch.setattr(device_step, "capture_graph", lambda step: step.run)
+    model = make_model(CONFIG)
+    plain = write(Session(model), [[3]], GREEDY)
+    hook = model.blocks[0].register_forward_hook(lambda *_: None)
+    one = Session(model)
+    with pytest.warns(UserWarning, match="one by one: the model has hooks"):
+        one.begin([[3]], GREEDY)
+    assert write(one, [[3]], GREEDY) == plain  # a second warning would be an error
+    hook.remove()
+    autocast = torch.autocast("cpu", dtype=torch.bfloat16)
+    with autocast, pytest.warns(UserWarning, match="one by one: autocast is on"):
+        one.begin([[3]], GREEDY)
+    assert write(one, [[3]], GREEDY) == plain
+
+
+def test_a_step_is_captured_once_for_each_way_of_drawing(monkeypatch: Any) -> None:
+    captured = []
+
+    def capture(step: DeviceStep) -> Callable[[], None]:
+        captured.append(step.kind)
+        return step.run
+
+    monkeypatch.setattr(device_step, "DEVICES", ("cpu",))
+    monkeypatch.setattr(device_step, "capture_graph", capture)
+    model = make_model(CONFIG)
+    one = Session(model)
+    for way in ("greedy", "sorted", "whole", "penalised", "all of it", "greedy", "sorted"):
+        write(one, [[3]], WAYS[way])
+    assert captured == [
+        ("greedy", False),
+        ("sorted", False),
+        ("whole", False),
+        ("greedy", True),
+        ("sorted", True),
+    ]
+    write(one, [[3]], replace(WAYS["sorted"], temperature=0.5, top_p=0.5, top_k=3))
+    assert len(captured) == 5
+    model.embedding.weight = torch.nn.Parameter(model.embedding.weight.detach().clone())
+    write(one, [[3]], GREEDY)  # the weights have moved
+    assert len(captured) == 6
