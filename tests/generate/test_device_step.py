@@ -13,7 +13,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from pyllm.generate import SamplingConfig, Session, device_step, next_logits, session
+from pyllm.generate import (
+    SamplingConfig,
+    Session,
+    device_step,
+    measure,
+    next_logits,
+    session,
+    time_decode,
+)
 from pyllm.generate.device_step import UNIFORM, Ahead, DeviceStep, capture_graph
 from pyllm.layers import StepCache
 from pyllm.models import ModelConfig, Transformer, quantize_model
@@ -383,3 +391,11 @@ def test_a_step_is_captured_once_for_each_way_of_drawing(monkeypatch: Any) -> No
     model.embedding.weight = torch.nn.Parameter(model.embedding.weight.detach().clone())
     write(one, [[3]], GREEDY)  # the weights have moved
     assert len(captured) == 6
+
+
+def test_decoding_is_timed_on_the_path_it_takes(ahead: None, monkeypatch: Any) -> None:
+    monkeypatch.setattr(measure, "DEVICES", ("cpu",))
+    monkeypatch.setattr(measure, "_run", None)
+    times = time_decode(make_model(CONFIG), 2, 5, 6)
+    assert (times.batch, times.prompt_tokens, len(times.steps)) == (2, 5, 6)
+    assert min(times.prefill, *times.steps) > 0
