@@ -151,7 +151,8 @@ class Ahead:
     by it stand still there.
 
     Args:
-        session: whose model, cache and rows these are.
+        session: whose model, cache and rows these are. It is not kept: the two would hold each
+            other, and their memory would wait for the garbage collector.
         capture: makes a callable that repeats ``step.run``; by default a CUDA graph.
     """
 
@@ -162,7 +163,6 @@ class Ahead:
     ) -> None:
         self.weights = weights_of(session.model)
         self.step = DeviceStep(session.model, session.cache, session.n_words)
-        self._session = session
         self._capture = capture_graph if capture is None else capture
         self._captured: dict[tuple[Way, bool], Callable[[], None]] = {}
         self._pending: Reading | None = None
@@ -188,22 +188,22 @@ class Ahead:
         self._pending = None
         self.step.begin(config, stop_ids, generators, seen_BV)
 
-    def draw(self, rows: list[int]) -> tuple[int, list[int]]:
+    def draw(self, session: "Session", rows: list[int]) -> tuple[int, list[int]]:
         """How many tokens the model was given, and the one that each running row gets.
 
         Raises:
             ValueError: NaN in the logits.
         """
         with self._guard:
-            return self._draw(rows)
+            return self._draw(session, rows)
 
-    def _draw(self, rows: list[int]) -> tuple[int, list[int]]:
-        session, pending = self._session, self._pending
-        n_tokens, self._pending, self._then = len(rows), None, None
+    def _draw(self, session: "Session", rows: list[int]) -> tuple[int, list[int]]:
+        n_tokens, pending = len(rows), self._pending
+        self._pending = self._then = None
         if pending is None:
-            self._step_back()
+            _step_back(session)
             n_tokens, logits_RV = session.new_logits(rows)
-            pending = self._first(rows, logits_RV)
+            pending = self._first(session, rows, logits_RV)
         self._onward = [row for row in rows if session.left(row) > 1]
         # A row that is about to slide is run by the host, once it knows its tokens.
         if self._onward and all(len(session.ids[row]) < session.context for row in self._onward):
@@ -217,26 +217,18 @@ class Ahead:
             raise ValueError(NOT_FINITE)
         return n_tokens, [tokens[row] for row in rows]
 
-    def accept(self, running: list[int]) -> None:
-        """Of the rows that were run ahead, these go on: their last tokens are in the cache."""
+    def accept(self, session: "Session") -> None:
+        """Of the rows that were run ahead, those that go on have their last token in the cache."""
+        running = session.running
         taken = [row for row in self._onward if row in running]
         if taken:
             # In this order: an interruption leaves a cache that knows too little, not too much.
             self._pending = self._then
-            cache = self._session.cache
-            cache.advance([int(row in taken) for row in range(cache.batch)])
+            session.cache.advance([int(row in taken) for row in range(session.cache.batch)])
 
-    def _step_back(self) -> None:
-        """After an interruption: what follows a row's last token was drawn, but never read."""
-        session = self._session
-        cache = session.cache
-        known = [min(cache.held(row), len(ids) - 1) for row, ids in enumerate(session.ids)]
-        if known != cache.lengths.tolist():
-            cache.truncate(cache.within_reach(known))
-
-    def _first(self, rows: list[int], logits_RV: Tensor) -> "Reading":
+    def _first(self, session: "Session", rows: list[int], logits_RV: Tensor) -> "Reading":
         """Draw from the logits of a prompt."""
-        step, session = self.step, self._session
+        step = self.step
         step.stand({row: session.left(row) for row in rows})
         step.refill()
         logits_BV = logits_RV
@@ -259,6 +251,14 @@ class Ahead:
         self._readings.reverse()
         self._readings[0].begin()
         return self._readings[0]
+
+
+def _step_back(session: "Session") -> None:
+    """After an interruption: what follows a row's last token was drawn, but never read."""
+    cache = session.cache
+    known = [min(cache.held(row), len(ids) - 1) for row, ids in enumerate(session.ids)]
+    if known != cache.lengths.tolist():
+        cache.truncate(cache.within_reach(known))
 
 
 class Reading:

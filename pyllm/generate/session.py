@@ -194,7 +194,8 @@ class Session:
         """
         start = time.perf_counter()
         rows = self.running
-        n_tokens, tokens = (self._draw if self._ahead is None else self._ahead.draw)(rows)
+        ahead = self._ahead
+        n_tokens, tokens = self._draw(rows) if ahead is None else ahead.draw(self, rows)
         self._count(n_tokens, len(rows), time.perf_counter() - start)
         added = []
         for row, token in zip(rows, tokens, strict=True):
@@ -202,14 +203,14 @@ class Session:
                 del self._left[row]
                 continue
             self.ids[row].append(token)
-            if self._seen_BV is not None and self._ahead is None:
+            if self._seen_BV is not None and ahead is None:
                 self._seen_BV[row, token] = True
             added.append((row, token))
             self._left[row] -= 1
             if not self._left[row]:
                 del self._left[row]
-        if self._ahead is not None:
-            self._ahead.accept(self.running)
+        if ahead is not None:
+            ahead.accept(self)
         return added
 
     def _draw(self, rows: list[int]) -> tuple[int, list[int]]:

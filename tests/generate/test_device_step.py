@@ -3,6 +3,8 @@
 What only a GPU shows (the capture itself, the order of its streams) is in ``tests/test_gpu.py``.
 """
 
+import gc
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -399,3 +401,16 @@ def test_decoding_is_timed_on_the_path_it_takes(ahead: None, monkeypatch: Any) -
     times = time_decode(make_model(CONFIG), 2, 5, 6)
     assert (times.batch, times.prompt_tokens, len(times.steps)) == (2, 5, 6)
     assert min(times.prefill, *times.steps) > 0
+
+
+def test_a_session_goes_with_its_last_reference(ahead: None) -> None:
+    """Its cache and graphs are most of the memory: they do not wait for the garbage collector."""
+    gc.disable()
+    try:
+        one = Session(make_model(CONFIG))
+        write(one, [[3]], GREEDY)
+        last = weakref.ref(one)
+        del one
+        assert last() is None
+    finally:
+        gc.enable()
