@@ -2,9 +2,12 @@
 
     python benchmarks/gpu.py
 
-Trains moe-158m-gpt on TinyStories with GPT-2's vocabulary, times decoding, and times every
-operation on every face. Writes ``benchmarks/results/gpu-<card>-<date>.json`` after each part.
-``--device cpu --toy`` runs the same code at toy size.
+Trains moe-158m-gpt on TinyStories with GPT-2's vocabulary under a cap, times decoding, and then,
+without the cap: the experts beside ``grouped_mm``, ScatterMoE and Liger, attention beside
+PyTorch's, ``int8_linear`` beside the bandwidth, decoding of moe-158m beside its floor and what
+memory that takes, and every operation on every face. Writes
+``benchmarks/results/gpu-<card>-<date>.json`` after each part. ``--device cpu --toy`` runs the same
+code at toy size; with ``TRITON_INTERPRET=1 PYLLM_FACE=triton`` the Triton kernels, interpreted.
 """
 
 import os
@@ -45,7 +48,7 @@ class Config:
     device: Literal["cuda", "mps", "cpu"] = "cuda"
     """Where to run."""
     minutes: float = 4.0
-    """Of training; how many steps that is, is found from the first 20."""
+    """Of training; how many steps that is, is found from the first 20. All else takes five more."""
     memory_gib: float = 3.4
     """Most memory PyTorch may allocate on a CUDA device; the context comes on top."""
     optimizer: Literal["adamw", "muon"] = "muon"
@@ -91,8 +94,34 @@ def main(config: Config) -> None:
     record.add(training=trained)
     record.add(decode=[] if trainer is None else decode(trainer, config.toy))
     del trainer
+    parts(record, device.type, config.toy)
     record.add(operations=operations(device, config.toy))
     print(record.path)
+
+
+def parts(record: Any, device: str, toy: bool) -> None:
+    """Ours beside the peers. One that fails must not cost the others' figures."""
+    import _gpu_parts as found
+
+    found.lift_cap(device)
+    copied = found.bandwidth(device, toy)
+    record.add(bandwidth=copied, cap_after_training=None)
+    top = copied["bytes_per_second"]
+    calls = {
+        "decode_beside_floor": lambda: found.decode_beside_floor(device, toy, top),
+        "memory": lambda: found.memory(device, toy),
+        "int8_linear": lambda: found.int8_row(device, toy, top),
+        "experts": lambda: found.experts(device, toy),
+        "attention": lambda: found.attention_beside_sdpa(device, toy),
+    }
+    for name, call in calls.items():
+        started = time.perf_counter()
+        try:
+            result: Any = call()
+        except Exception as error:
+            result = {"error": f"{type(error).__name__}: {error}"}
+            print(name, result, flush=True)
+        record.add(**{name: result, f"{name}_took": time.perf_counter() - started})
 
 
 def describe(device: "torch.device", config: Config) -> dict[str, Any]:

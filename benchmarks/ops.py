@@ -30,13 +30,13 @@ from rich.table import Table
 from pyllm._checks import check_size, is_finite, shown
 from pyllm._cli import require_writable, run
 from pyllm.models import choose_device
-from pyllm.ops._registry import face_module
+from pyllm.ops._registry import FACE_PACKAGES, face_module
 from pyllm.testing import OPERATIONS, OpCase
 from pyllm.testing.check import expectations, run_backward, run_forward
 from pyllm.testing.suite import faces_on
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-FACES = ("torch", "reference", "cpu", "triton")
+FACES = ("torch", *(face for face in FACE_PACKAGES if face != "torch"))
 CACHE_BYTES = 256 * 2**20
 """Written between two calls of a cold timing: more than a last-level cache holds."""
 

@@ -123,7 +123,7 @@ def native_model(model: Transformer) -> NativeModel | None:
     """
     if choose_face("decode_attention", "cpu", None) != "cpu" or torch.is_autocast_enabled("cpu"):
         return None
-    if not _is_plain(model) or not _is_as_configured(model):
+    if not is_plain(model) or not _is_as_configured(model):
         return None
     int8 = isinstance(model, Int8Transformer)
     dtypes = {torch.float32} if int8 else {weight.dtype for weight in model.parameters()}
@@ -137,7 +137,7 @@ def native_model(model: Transformer) -> NativeModel | None:
     return NativeModel(model)
 
 
-def _is_plain(model: Transformer) -> bool:
+def is_plain(model: Transformer) -> bool:
     """Is this the model as it is written, with nothing put in or around that C++ would pass by?"""
     everywhere = torch.nn.modules.module
     if everywhere._global_forward_hooks or everywhere._global_forward_pre_hooks:

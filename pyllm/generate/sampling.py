@@ -16,6 +16,10 @@ SMALL_VOCABULARY = 8192
 """Up to here, all are sorted at once: 40 microseconds for 4,096."""
 
 LIMITS = torch.finfo(torch.float32)
+NOT_FINITE = (
+    "sample_token: the logits hold NaN or infinity; the model's weights are damaged or too large "
+    "for its dtype"
+)
 
 
 def sample_token(
@@ -49,7 +53,7 @@ def sample_token(
     """
     logits_BV = _checked(logits_BV, config, generator, seen_BV)
     if seen_BV is not None:
-        logits_BV = _penalised(logits_BV, config.repetition_penalty, seen_BV)
+        logits_BV = penalised(logits_BV, config.repetition_penalty, seen_BV)
     if config.greedy:
         return logits_BV.argmax(-1)
     # One that is 0 or infinite as a float32 would give 0 / 0.
@@ -105,14 +109,11 @@ def _checked(
         )
     logits_BV = logits_BV.float()
     if not all(map(math.isfinite, logits_BV.amax(-1).tolist())):
-        raise ValueError(
-            "sample_token: the logits hold NaN or infinity; the model's weights are damaged or "
-            "too large for its dtype"
-        )
+        raise ValueError(NOT_FINITE)
     return logits_BV
 
 
-def _penalised(logits_BV: Tensor, penalty: float, seen_BV: Tensor) -> Tensor:
+def penalised(logits_BV: Tensor, penalty: float | Tensor, seen_BV: Tensor) -> Tensor:
     """Seen tokens made less likely by a penalty above 1, more likely by one below.
 
     CTRL (arXiv:1909.05858, sec. 4.1) divides every logit; a negative one would grow by that, so

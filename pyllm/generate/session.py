@@ -11,6 +11,7 @@ from torch import Tensor
 
 from pyllm._checks import check_size, shown
 from pyllm.generate.config import SamplingConfig
+from pyllm.generate.device_step import Ahead, ahead_of
 from pyllm.generate.native import NativeModel, native_model
 from pyllm.generate.sampling import sample_token
 from pyllm.layers import KVCache
@@ -110,6 +111,7 @@ class Session:
         self.timing = Timing()
         self.answers: dict[str, list[int]] = {}
         self._left: dict[int, int] = {}  # running row: how many tokens it may still write
+        self._ahead: Ahead | None = None
 
     @property
     def running(self) -> list[int]:
@@ -118,7 +120,12 @@ class Session:
 
     def end(self, row: int) -> None:
         """Write no more on this row."""
-        self._left.pop(row, None)
+        if self._left.pop(row, None) and self._ahead is not None:
+            self._ahead.step.stop(row)
+
+    def left(self, row: int) -> int:
+        """How many tokens this row may still write."""
+        return self._left.get(row, 0)
 
     def begin(
         self,
@@ -150,6 +157,7 @@ class Session:
         self._left = {}
         # Anew for each prompt: somebody may have moved or trained the weights since the last one.
         self._native = native_model(self.model)
+        self._ahead = ahead_of(self, self._ahead)
         shared = [self._shared(row, prompt) for row, prompt in enumerate(checked)]
         # A rolling cache cannot always go back, nor go on after an interrupted step.
         shared = self.cache.within_reach(shared)
@@ -170,6 +178,8 @@ class Session:
                 told = set(ids[self._n_kept(ids) :]) - self._stop_ids
                 self._seen_BV[row, [token for token in told if token < self.n_words]] = True
             self._seen_BV = self._seen_BV.to(self.model.embedding.weight.device)
+        if self._ahead is not None:
+            self._ahead.begin(config, self._stop_ids, self._generators, self._seen_BV)
         self.timing = Timing(cached_tokens=sum(shared))
         self._left = dict.fromkeys(range(len(checked)), config.max_new_tokens)
 
@@ -184,25 +194,37 @@ class Session:
         """
         start = time.perf_counter()
         rows = self.running
-        new = {row: self._new(row) for row in rows}
-        logits_RV = self._logits(new)
-        seen_RV = None if self._seen_BV is None else self._seen_BV[rows]
-        generators = [self._generators[row] for row in rows]
-        tokens = sample_token(logits_RV, self._config, generators, seen_RV).tolist()
-        self._count(sum(map(len, new.values())), len(rows), time.perf_counter() - start)
+        ahead = self._ahead
+        n_tokens, tokens = self._draw(rows) if ahead is None else ahead.draw(self, rows)
+        self._count(n_tokens, len(rows), time.perf_counter() - start)
         added = []
         for row, token in zip(rows, tokens, strict=True):
             if token in self._stop_ids:
-                self.end(row)
+                del self._left[row]
                 continue
             self.ids[row].append(token)
-            if self._seen_BV is not None:
+            if self._seen_BV is not None and ahead is None:
                 self._seen_BV[row, token] = True
             added.append((row, token))
             self._left[row] -= 1
             if not self._left[row]:
-                self.end(row)
+                del self._left[row]
+        if ahead is not None:
+            ahead.accept(self)
         return added
+
+    def _draw(self, rows: list[int]) -> tuple[int, list[int]]:
+        """How many tokens the model was given, and the one that each running row gets."""
+        n_tokens, logits_RV = self.new_logits(rows)
+        seen_RV = None if self._seen_BV is None else self._seen_BV[rows]
+        generators = [self._generators[row] for row in rows]
+        return n_tokens, sample_token(logits_RV, self._config, generators, seen_RV).tolist()
+
+    def new_logits(self, rows: list[int]) -> tuple[int, Tensor]:
+        """Run what is not in the cache of these rows: how many tokens that was, and the logits
+        (R, V) of what follows."""
+        new = {row: self._new(row) for row in rows}
+        return sum(map(len, new.values())), self._logits(new)
 
     def _shared(self, row: int, prompt: list[int]) -> int:
         """How many of the prompt's tokens the cache has. The last is run again: what follows it

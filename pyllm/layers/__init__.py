@@ -6,6 +6,7 @@ from pyllm.layers.mlp import MLP
 from pyllm.layers.moe import Dispatcher, LocalDispatcher, MoE, RouterStatistics
 from pyllm.layers.norm import LayerNorm, RMSNorm
 from pyllm.layers.position import LearnedPositions, RotaryTable, SinusoidalPositions
+from pyllm.layers.step_cache import StepCache
 
 __all__ = [
     "MLP",
@@ -20,4 +21,5 @@ __all__ = [
     "RotaryTable",
     "RouterStatistics",
     "SinusoidalPositions",
+    "StepCache",
 ]

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from pyllm._checks import check_size
 from pyllm.layers._checks import check_fits, check_input, check_sizes
 from pyllm.layers.kv_cache import PIECE, KVCache
+from pyllm.layers.step_cache import StepCache
 from pyllm.ops import attention, decode_attention, rope
 
 
@@ -63,7 +64,7 @@ class CausalSelfAttention(nn.Module):
         self,
         x_BTD: Tensor,
         rotary: tuple[Tensor, Tensor] | None = None,
-        cache: KVCache | None = None,
+        cache: KVCache | StepCache | None = None,
         layer: int = 0,
         counts: Sequence[int] | None = None,
     ) -> Tensor:
@@ -85,6 +86,9 @@ class CausalSelfAttention(nn.Module):
             q_BTHK, k_BTGK = rope(qk_BTJK, *rotary).split(self.heads[:2], dim=2)
         if cache is None:
             y_BTHK = attention(q_BTHK, k_BTGK, v_BTGK, window=self.window, sinks=self.sinks)
+        elif isinstance(cache, StepCache):
+            at = cache.append(layer, k_BTGK, v_BTGK)
+            y_BTHK = self._look(q_BTHK, cache.cache, layer, at)
         else:
             y_BTHK = self._attend(q_BTHK, k_BTGK, v_BTGK, cache, layer, counts)
         return self.out_proj(y_BTHK.flatten(2))
@@ -125,21 +129,25 @@ class CausalSelfAttention(nn.Module):
             else:
                 k_BSGK, v_BSGK = (x[:, : cache.length + n_tokens] for x in cache.slots(layer))
             return attention(q_BTHK, k_BSGK, v_BSGK, window=self.window, sinks=self.sinks)
-        k_scales_BSG, v_scales_BSG = cache.scales_of(layer)
         pieces = []
         for before in range(0, max(n_tokens, 1), PIECE):
             new = slice(before, before + PIECE)
             at = cache.append(layer, k_BTGK[:, new], v_BTGK[:, new], counts, before)
-            pieces.append(
-                decode_attention(
-                    q_BTHK[:, new],
-                    *cache.slots(layer),
-                    *at,
-                    window=self.window,
-                    sinks=self.sinks,
-                    rolling=cache.rolling,
-                    k_scales=k_scales_BSG,
-                    v_scales=v_scales_BSG,
-                )
-            )
+            pieces.append(self._look(q_BTHK[:, new], cache, layer, at))
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)
+
+    def _look(
+        self, q_BTHK: Tensor, cache: KVCache, layer: int, at: tuple[Tensor, Tensor]
+    ) -> Tensor:
+        """Let queries at these starts and counts see a cache that holds their own keys already."""
+        k_scales_BSG, v_scales_BSG = cache.scales_of(layer)
+        return decode_attention(
+            q_BTHK,
+            *cache.slots(layer),
+            *at,
+            window=self.window,
+            sinks=self.sinks,
+            rolling=cache.rolling,
+            k_scales=k_scales_BSG,
+            v_scales=v_scales_BSG,
+        )

@@ -157,9 +157,8 @@ class KVCache:
 
     def as_held(self, x_BTGK: Tensor) -> Tensor:
         """New keys or values as an int8 cache will give them back, in their own dtype."""
-        q_NGK, scale_NG = quantize_heads(x_BTGK.flatten(0, 1))
-        held_NGK = widened(q_NGK, scale_NG, accumulation_dtype(x_BTGK.dtype))
-        return held_NGK.view(x_BTGK.shape).to(x_BTGK.dtype)
+        q_BTGK, scale_BTG = quantize_heads(x_BTGK)
+        return widened(q_BTGK, scale_BTG, accumulation_dtype(x_BTGK.dtype)).to(x_BTGK.dtype)
 
     def check_window(self, whose: str, window: int | None, sinks: int) -> None:
         """What rolls keeps what one window and its sinks see, and no other.
@@ -272,10 +271,20 @@ class KVCache:
                 "for this batch and this model"
             )
         starts, here = self._claim([layer], k_BTGK.shape[1], counts, before)
-        dtype, device = k_cache_BSGK.dtype, k_cache_BSGK.device
+        device = k_cache_BSGK.device
         starts_B, counts_B = torch.tensor([starts, here], dtype=torch.int32).to(device)
+        self.write(layer, k_BTGK, v_BTGK, starts_B, counts_B)
+        return starts_B, counts_B
+
+    def write(
+        self, layer: int, k_BTGK: Tensor, v_BTGK: Tensor, starts_B: Tensor, counts_B: Tensor
+    ) -> None:
+        """Write new positions of one layer where tensors on its device say, see
+        :func:`pyllm.ops.kv_append`; what the cache counts on the host does not change."""
+        k_cache_BSGK, v_cache_BSGK = self.slots(layer)
         k_scales_BSG, v_scales_BSG = self.scales_of(layer)
         if k_scales_BSG is None:
+            dtype = k_cache_BSGK.dtype
             k_BTGK, v_BTGK = k_BTGK.to(dtype), v_BTGK.to(dtype)
         kv_append(
             k_cache_BSGK,
@@ -289,7 +298,6 @@ class KVCache:
             k_scales=k_scales_BSG,
             v_scales=v_scales_BSG,
         )
-        return starts_B, counts_B
 
     def claim(
         self, n_tokens: int, counts: Sequence[int] | None = None, before: int = 0

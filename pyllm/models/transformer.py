@@ -8,7 +8,15 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from pyllm._checks import check_size, shown
-from pyllm.layers import MLP, CausalSelfAttention, Dispatcher, KVCache, MoE, RouterStatistics
+from pyllm.layers import (
+    MLP,
+    CausalSelfAttention,
+    Dispatcher,
+    KVCache,
+    MoE,
+    RouterStatistics,
+    StepCache,
+)
 from pyllm.layers._checks import check_fits
 from pyllm.layers.norm import NORMS
 from pyllm.layers.position import LearnedPositions, RotaryTable, SinusoidalPositions
@@ -71,7 +79,7 @@ class Block(nn.Module):
         self,
         x_BTD: Tensor,
         rotary: tuple[Tensor, Tensor] | None = None,
-        cache: KVCache | None = None,
+        cache: KVCache | StepCache | None = None,
         counts: Sequence[int] | None = None,
     ) -> tuple[Tensor, RouterStatistics | None]:
         """(B, T, D) to (B, T, D), and the router's statistics of an MoE layer."""
@@ -267,6 +275,28 @@ class Transformer(nn.Module):
         if cache is not None:
             cache.advance(n_tokens if real is None else real)
         return self.final_norm(x_BTD), statistics
+
+    def step(self, ids_B: Tensor, cache: StepCache) -> Tensor:
+        """One new token a row to the last hidden states (B, D), and nothing asked of the device.
+
+        What :meth:`hidden` computes, without its checks: the caller knows that the ids are words
+        and that the cache fits and has room. A row that stands still gives numbers all the same.
+
+        Args:
+            ids_B: (B,) int64.
+            cache: says where the tokens stand, and takes their keys and values in.
+        """
+        x_B1D = self.embedding(ids_B.unsqueeze(1))
+        table = self.rotary if self.positions is None else self.positions
+        assert table is not None
+        # A row that has used its whole context stands beyond it.
+        positions_B1 = cache.starts_B.unsqueeze(1).clamp(max=self.config.max_seq_len - 1).long()
+        found = table.at(positions_B1)
+        rotary = found if self.positions is None else None
+        x_B1D = x_B1D if self.positions is None else x_B1D + found
+        for block in self.blocks:
+            x_B1D, _ = block(x_B1D, rotary, cache)
+        return self.final_norm(x_B1D).squeeze(1)
 
     def checked_step(
         self,

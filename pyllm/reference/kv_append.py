@@ -24,23 +24,16 @@ a row that is not finite gives zeros and a scale that is not, so that it comes b
 There is no backward: a cache is for inference.
 """
 
-import torch
 from torch import Tensor
 
+from pyllm.reference.decode_attention import held_positions
 from pyllm.reference.int8_linear import quantize_rows
 
 
-def slots_of(position: Tensor, n_slots: int, sinks: int, rolling: bool) -> Tensor:
-    """The slot of each position."""
-    if not rolling:
-        return position
-    return position.where(position < sinks, sinks + (position - sinks) % (n_slots - sinks))
-
-
-def quantize_heads(x_NGK: Tensor) -> tuple[Tensor, Tensor]:
-    """Each head of each position in int8, with its scale: ``(q_NGK, scale_NG)``, float32."""
-    q_RK, scale_R = quantize_rows(x_NGK.flatten(0, 1))
-    return q_RK.view(x_NGK.shape), scale_R.view(x_NGK.shape[:2])
+def quantize_heads(x_BTGK: Tensor) -> tuple[Tensor, Tensor]:
+    """Each head of each position in int8, with its scale: ``(q_BTGK, scale_BTG)``, float32."""
+    q_RK, scale_R = quantize_rows(x_BTGK.flatten(0, 2))
+    return q_RK.view(x_BTGK.shape), scale_R.view(x_BTGK.shape[:3])
 
 
 def kv_append_forward(
@@ -55,24 +48,31 @@ def kv_append_forward(
     k_scales_BSG: Tensor | None,
     v_scales_BSG: Tensor | None,
 ) -> None:
-    """Write to both caches, in place, and to the scales of int8 ones."""
+    """Write to both caches, in place, and to the scales of int8 ones.
+
+    From the slots' side: each asks which position it holds in the end, and takes that one's token
+    if it is new. So no slot is written twice, and nothing waits for the device: which tokens are
+    padding is not known to the host.
+    """
     n_slots, n_tokens = k_cache_BSGK.shape[1], k_BTGK.shape[1]
+    if not n_tokens:
+        return
     start_B1 = starts_B.unsqueeze(1)
     end_B1 = start_B1 + counts_B.unsqueeze(1)
-    position_BT = start_B1 + torch.arange(n_tokens, device=starts_B.device)
-    kept_BT = position_BT < end_B1
-    if rolling:
-        # Where two share a slot, PyTorch does not say which write stays.
-        oldest_B1 = end_B1 - (n_slots - sinks)
-        kept_BT &= (position_BT < sinks) | (position_BT >= oldest_B1)
-    row_N, token_N = kept_BT.nonzero(as_tuple=True)
-    slot_N = slots_of(position_BT, n_slots, sinks, rolling)[row_N, token_N]
+    held_BS = held_positions(end_B1, n_slots, sinks, rolling)
+    new_BS = (held_BS >= start_B1) & (held_BS < end_B1)
+    token_BS = (held_BS - start_B1).clamp(0, n_tokens - 1)
 
-    def write(cache_BSGK: Tensor, scales_BSG: Tensor | None, x_NGK: Tensor) -> None:
+    def put(cache: Tensor, x: Tensor) -> None:
+        trailing = (1,) * (x.dim() - 2)
+        fresh = x.take_along_dim(token_BS.unflatten(1, (-1, *trailing)), dim=1)
+        cache.copy_(fresh.where(new_BS.unflatten(1, (-1, *trailing)), cache))
+
+    def write(cache_BSGK: Tensor, scales_BSG: Tensor | None, x_BTGK: Tensor) -> None:
         if scales_BSG is not None:
-            x_NGK, scale_NG = quantize_heads(x_NGK)
-            scales_BSG[row_N, slot_N] = scale_NG.to(scales_BSG.dtype)
-        cache_BSGK[row_N, slot_N] = x_NGK
+            x_BTGK, scale_BTG = quantize_heads(x_BTGK)
+            put(scales_BSG, scale_BTG.to(scales_BSG.dtype))
+        put(cache_BSGK, x_BTGK)
 
-    write(k_cache_BSGK, k_scales_BSG, k_BTGK[row_N, token_N])
-    write(v_cache_BSGK, v_scales_BSG, v_BTGK[row_N, token_N])
+    write(k_cache_BSGK, k_scales_BSG, k_BTGK)
+    write(v_cache_BSGK, v_scales_BSG, v_BTGK)

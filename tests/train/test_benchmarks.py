@@ -62,6 +62,28 @@ def test_gpu_benchmark_at_toy_size(start: Callable[..., tuple[int, list[Path]]])
     }
     for op, operation in OPERATIONS.items():
         assert {(op, "reference", stage) for stage in operation.stages} <= timed
+    check_parts(content)
+
+
+def check_parts(content: dict[str, Any]) -> None:
+    """Ours and the peers are beside each other, and nothing failed."""
+    assert content["bandwidth"]["bytes_per_second"] > 0
+    [mixture] = content["experts"]
+    times = {row["name"]: row["median"] for row in mixture["rows"]}
+    assert times.keys() == {"pyllm", "grouped_mm"}
+    [peer] = [row for row in mixture["rows"] if row["name"] == "grouped_mm"]
+    assert peer["times_as_slow_as_ours"] == times["grouped_mm"] / times["pyllm"]
+    told = [(row["window"], row["stage"], len(row["rows"])) for row in content["attention"]]
+    stages = ("forward", "forward and backward")
+    assert told == [(window, stage, n) for window, n in ((None, 2), (8, 3)) for stage in stages]
+    assert not [row for case in content["attention"] for row in case["rows"] if "skipped" in row]
+    rows = content["int8_linear"]["rows"]
+    assert [row["name"] for row in rows] == ["W8A8", "W8A16"] * 2
+    assert all(row["share_of_bandwidth"] > 0 for row in rows)
+    decode = content["decode_beside_floor"]
+    assert decode["seconds_a_token"]["median"] > 0 and decode["times_the_floor"] > 0
+    assert [row["dtype"] for row in content["memory"]] == ["bfloat16", "int8"]
+    assert all(row["process_growth"] > 0 for row in content["memory"])
 
 
 def test_less_memory_means_smaller_micro_batches(

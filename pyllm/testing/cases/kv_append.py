@@ -238,21 +238,12 @@ KV_APPEND = Operation(
     mutants=MUTANTS,
     equivalents={
         "scales are float32; only the truth of the tests has them in float64": (
-            "kv_append_forward: scale_NG.to(scales_BSG.dtype) -> scale_NG",
+            "kv_append_forward: scale_BTG.to(scales_BSG.dtype) -> scale_BTG",
         ),
-        "slot `sinks` is the first of the ring": (
-            "slots_of: position < sinks -> position <= sinks",
-        ),
-        "of two writes to one slot PyTorch keeps the last, on the CPU and as it happens": (
-            "kv_append_forward: if rolling: oldest_B1 = end_B1 - (n_slots - sinks) kept_BT &= "
-            "(position_BT < sinks) | (position_BT >= oldest_B1) -> if not rolling: oldest_B1 = "
-            "end_B1 - (n_slots - sinks) kept_BT &= (position_BT < sinks) | (position_BT >= "
-            "oldest_B1)",
-            "kv_append_forward: n_slots - sinks -> n_slots + sinks",
-            "kv_append_forward: n_slots - sinks -> n_slots",
-            "kv_append_forward: kept_BT &= (position_BT < sinks) | (position_BT >= oldest_B1) -> "
-            "pass",
-            "kv_append_forward: position_BT < sinks -> position_BT <= sinks",
+        "what lies beyond is not written; only a card minds that it is read": (
+            "kv_append_forward: (held_BS - start_B1).clamp(0, n_tokens - 1) -> held_BS - start_B1",
+            "kv_append_forward: n_tokens - 1 -> n_tokens",
+            "kv_append_forward: n_tokens - 1 -> n_tokens + 1",
         ),
     },
 )
