@@ -111,8 +111,8 @@ void moe_ffn_few(DType dtype, const void* x, const void* w_in, const void* w_out
                  std::int64_t n_experts, std::int64_t width, std::int64_t hidden, bool gated,
                  Stream stream);
 // moe_ffn_backward.cu. Scratch: dpre as pre, weighted_h (rows, hidden), partials (hidden / 128, of
-// float64 64, rounded up; rows) in the type of sums, dx_rows (rows, width), which moe_combine.cu
-// adds up.
+// float32 and float64 64, rounded up; rows) in the type of sums, dx_rows (rows, width), which
+// moe_combine.cu adds up.
 void moe_ffn_backward(DType dtype, const void* dy, const void* x, const void* w_in,
                       const void* w_out, const void* weights, const void* pre, const void* order,
                       const void* position, const void* offsets, const void* tiles, void* dpre,
@@ -136,8 +136,8 @@ void attention_backward(DType dtype, const void* dy, const void* q, const void* 
                         Stream stream);
 
 // linear_cross_entropy.cu. Scratch of the forward, in the type of sums: partials (words / 128, of
-// float64 64, rounded up; 2; rows) and picked (rows,). The backward gives the gradients of some
-// words' logits, (rows, last_word - first_word); products with them are the caller's.
+// float32 and float64 64, rounded up; 2; rows) and picked (rows,). The backward gives the gradients
+// of some words' logits, (rows, last_word - first_word); products with them are the caller's.
 void linear_cross_entropy_forward(DType dtype, const void* x, const void* weight,
                                   const void* targets, void* loss, void* lse, void* partials,
                                   void* picked, std::int64_t ignore_index, std::int64_t n_rows,

@@ -25,10 +25,9 @@ struct Projection {
 // Logits of rows from `first` on and words from `first_word` on.
 template <class T>
 __device__ __forceinline__ void logits_of(const Projection<T>& in, int first, int first_word,
-                                          Wide<T>* shared,
-                                          typename ProductTile<Wide<T>>::Sums& sums) {
+                                          Wide<T>* shared, typename ProductTile<T>::Sums& sums) {
   using W = Wide<T>;
-  using Tile = ProductTile<W>;
+  using Tile = ProductTile<T>;
   const auto x_at = [&](int i) -> const T* {
     return first + i < in.n_rows ? in.x + std::int64_t{first + i} * in.width : nullptr;
   };
@@ -43,11 +42,11 @@ __device__ __forceinline__ void logits_of(const Projection<T>& in, int first, in
 
 // partials: (tiles of words, 2, rows): the largest logit, and the sum of exp(logit - largest).
 template <class T>
-__global__ void __launch_bounds__(ProductTile<Wide<T>>::kThreads)
+__global__ void __launch_bounds__(ProductTile<T>::kThreads)
     forward_kernel(Projection<T> in, const std::int64_t* __restrict__ targets,
                    Wide<T>* __restrict__ partials, Wide<T>* __restrict__ picked) {
   using W = Wide<T>;
-  using Tile = ProductTile<W>;
+  using Tile = ProductTile<T>;
   PYLLM_SHARED(W, shared, [Tile::kEntries]);
   const int first = static_cast<int>(blockIdx.x) * Tile::kRows;
   const int first_word = static_cast<int>(blockIdx.y) * Tile::kColumns;
@@ -125,13 +124,13 @@ __global__ void __launch_bounds__(kJoinRows* kWarp)
 
 // dlogits: (rows, words from first_word to last_word).
 template <class T>
-__global__ void __launch_bounds__(ProductTile<Wide<T>>::kThreads)
+__global__ void __launch_bounds__(ProductTile<T>::kThreads)
     backward_kernel(Projection<T> in, const Wide<T>* __restrict__ dloss,
                     const std::int64_t* __restrict__ targets, const Wide<T>* __restrict__ lse,
                     T* __restrict__ dlogits, std::int64_t ignore_index, int first_word,
                     int last_word, bool packed) {
   using W = Wide<T>;
-  using Tile = ProductTile<W>;
+  using Tile = ProductTile<T>;
   constexpr int kGroup = Tile::kColumnGroup;
   PYLLM_SHARED(W, shared, [Tile::kEntries]);
   const int first = static_cast<int>(blockIdx.x) * Tile::kRows;
@@ -178,7 +177,7 @@ void linear_cross_entropy_forward(DType dtype, const void* x, const void* weight
   with_storage(dtype, [=](auto storage) {
     using T = decltype(storage);
     using W = Wide<T>;
-    using Tile = ProductTile<W>;
+    using Tile = ProductTile<T>;
     const auto* const of_rows = static_cast<const std::int64_t*>(targets);
     const std::int64_t tiles = blocks_for(n_words, Tile::kColumns);
     launch("linear_cross_entropy_forward", forward_kernel<T>,
@@ -201,7 +200,7 @@ void linear_cross_entropy_backward(DType dtype, const void* dloss, const void* x
   with_storage(dtype, [=](auto storage) {
     using T = decltype(storage);
     using W = Wide<T>;
-    using Tile = ProductTile<W>;
+    using Tile = ProductTile<T>;
     const std::int64_t n_words = last_word - first_word;
     launch("linear_cross_entropy_backward", backward_kernel<T>,
            {blocks_for(n_rows, Tile::kRows), blocks_for(n_words, Tile::kColumns)}, Tile::kThreads,

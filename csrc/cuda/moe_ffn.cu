@@ -70,12 +70,12 @@ __device__ __forceinline__ void multiply_rows(const LeftAt& left_at, const Right
 // pre and h of a tile. Where gated, the left half of its columns are gates and the right half the
 // ups of the same hidden numbers.
 template <class T>
-__global__ void __launch_bounds__(ProductTile<Wide<T>>::kThreads)
+__global__ void __launch_bounds__(ProductTile<T>::kThreads)
     up_kernel(const T* __restrict__ x, const T* __restrict__ w_in, Routing routing,
               T* __restrict__ pre, T* __restrict__ h, int width, int hidden, bool gated,
               bool packed) {
   using W = Wide<T>;
-  using Tile = ProductTile<W>;
+  using Tile = ProductTile<T>;
   constexpr int kGroup = Tile::kColumnGroup, kHalf = Tile::kMicroColumns / 2;
   PYLLM_SHARED(W, shared, [Tile::kEntries]);
   const RowTile tile(routing, Tile::kRows);
@@ -124,11 +124,11 @@ __global__ void __launch_bounds__(ProductTile<Wide<T>>::kThreads)
 }
 
 template <class T>
-__global__ void __launch_bounds__(ProductTile<Wide<T>>::kThreads)
+__global__ void __launch_bounds__(ProductTile<T>::kThreads)
     down_kernel(const T* __restrict__ h, const T* __restrict__ w_out, Routing routing,
                 T* __restrict__ y_rows, int width, int hidden, bool packed) {
   using W = Wide<T>;
-  using Tile = ProductTile<W>;
+  using Tile = ProductTile<T>;
   constexpr int kGroup = Tile::kColumnGroup;
   PYLLM_SHARED(W, shared, [Tile::kEntries]);
   const RowTile tile(routing, Tile::kRows);
@@ -181,7 +181,7 @@ void moe_ffn_forward(DType dtype, const void* x, const void* w_in, const void* w
                         static_cast<int>(n_rows),        static_cast<int>(top_k)};
   with_storage(dtype, [=](auto storage) {
     using T = decltype(storage);
-    using Tile = ProductTile<Wide<T>>;
+    using Tile = ProductTile<T>;
     const bool packed =
         fits_packs<T>(width, x, w_in, y_rows) && fits_packs<T>(hidden, w_out, pre, h);
     const int d = static_cast<int>(width), f = static_cast<int>(hidden);

@@ -16,13 +16,13 @@ namespace {
 
 // dpre, weighted h, and per column tile a partial dot product of dh and h for each row.
 template <class T>
-__global__ void __launch_bounds__(ProductTile<Wide<T>>::kThreads)
+__global__ void __launch_bounds__(ProductTile<T>::kThreads)
     hidden_kernel(const T* __restrict__ dy, const T* __restrict__ w_out,
                   const Wide<T>* __restrict__ routing_weights, const T* __restrict__ pre,
                   Routing routing, T* __restrict__ dpre, T* __restrict__ weighted_h,
                   Wide<T>* __restrict__ partials, int width, int hidden, bool gated, bool packed) {
   using W = Wide<T>;
-  using Tile = ProductTile<W>;
+  using Tile = ProductTile<T>;
   constexpr int kGroup = Tile::kColumnGroup;
   PYLLM_SHARED(W, shared, [Tile::kEntries]);
   const RowTile tile(routing, Tile::kRows);
@@ -79,11 +79,11 @@ __global__ void __launch_bounds__(ProductTile<Wide<T>>::kThreads)
 
 // The gradient of the gathered rows of x.
 template <class T>
-__global__ void __launch_bounds__(ProductTile<Wide<T>>::kThreads)
+__global__ void __launch_bounds__(ProductTile<T>::kThreads)
     rows_kernel(const T* __restrict__ dpre, const T* __restrict__ w_in, Routing routing,
                 T* __restrict__ dx_rows, int width, int columns, bool packed) {
   using W = Wide<T>;
-  using Tile = ProductTile<W>;
+  using Tile = ProductTile<T>;
   constexpr int kGroup = Tile::kColumnGroup;
   PYLLM_SHARED(W, shared, [Tile::kEntries]);
   const RowTile tile(routing, Tile::kRows);
@@ -131,11 +131,11 @@ struct Rows {
 
 // The gradient of an expert's matrix (left.width, right.width): left^T right over its rows.
 template <class T>
-__global__ void __launch_bounds__(ProductTile<Wide<T>>::kThreads)
+__global__ void __launch_bounds__(ProductTile<T>::kThreads)
     weights_kernel(Rows<T> left_rows, Rows<T> right_rows, Routing routing, T* __restrict__ dw,
                    bool packed) {
   using W = Wide<T>;
-  using Tile = ProductTile<W>;
+  using Tile = ProductTile<T>;
   constexpr int kGroup = Tile::kColumnGroup;
   PYLLM_SHARED(W, shared, [Tile::kEntries]);
   const int n_right = (right_rows.width + Tile::kColumns - 1) / Tile::kColumns;
@@ -197,7 +197,7 @@ void moe_ffn_backward(DType dtype, const void* dy, const void* x, const void* w_
   with_storage(dtype, [=](auto storage) {
     using T = decltype(storage);
     using W = Wide<T>;
-    using Tile = ProductTile<W>;
+    using Tile = ProductTile<T>;
     const char* const name = "moe_ffn_backward";
     const bool packed = fits_packs<T>(width, dy, x, w_in, dx_rows, dw_in) &&
                         fits_packs<T>(hidden, w_out, pre, dpre, weighted_h, dw_out);

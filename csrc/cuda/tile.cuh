@@ -26,9 +26,10 @@ inline constexpr int kSteps<__half2> = 2;
 
 // Each thread has micro-tiles: groups of neighbours that are loaded at once, spread over the tile.
 // The columns are in at least two groups, the first half of them in the first half of the tile.
-template <class W, int rows, int columns, int thread_rows>
+// `in_parts`: a long sum is that of partial sums, whose roundings add up to less.
+template <class W, int rows, int columns, int thread_rows, bool in_parts = false>
 struct Tile {
-  using Number = W;
+  static constexpr bool kInParts = in_parts;
   static constexpr int kRows = rows, kColumns = columns;
   static constexpr int kThreads = kThreadColumns * thread_rows;
   static constexpr int kMicroRows = rows / thread_rows;
@@ -55,12 +56,26 @@ struct Tile {
 
   struct Sums {
     W at[kMicroRows][kMicroColumns] = {};
+
+    // Adds what `parts` has, and empties it.
+    __device__ __forceinline__ void take(Sums& parts) {
+#pragma unroll
+      for (int i = 0; i < kMicroRows; ++i) {
+#pragma unroll
+        for (int j = 0; j < kMicroColumns; ++j) {
+          at[i][j] += parts.at[i][j];
+          parts.at[i][j] = W(0);
+        }
+      }
+    }
   };
 };
 
-// 64 x 128 by 128 threads of 8 x 8; doubles take twice the registers.
-template <class W>
-using ProductTile = Tile<W, sizeof(W) == 8 ? 32 : 64, sizeof(W) == 8 ? 64 : 128, 8>;
+// 64 x 128 by 128 threads of 8 x 8 for 16 bits. Floats have two sums for each, doubles take twice
+// the registers.
+template <class T>
+using ProductTile =
+    Tile<Wide<T>, sizeof(T) == 8 ? 32 : 64, sizeof(T) == 2 ? 128 : 64, 8, sizeof(T) == 4>;
 
 // Up to 16 bytes from `from`, zeros where there is nothing: a null row, or what `left` excludes.
 // `packed` says that whole packs can be loaded, of which `left` never leaves a part.
@@ -271,8 +286,10 @@ template <class Tile, class Entry, class Left, class Right>
 __device__ __forceinline__ void multiply(Left left, Right right, int depth, Entry* shared,
                                          typename Tile::Sums& sums) {
   constexpr int kStride = kSlice * kSteps<Entry>;
+  constexpr int kPart = 8 * kStride;
   Entry* const left_slice = shared;
   Entry* const right_slice = shared + kSlice * Tile::kRows;
+  typename Tile::Sums parts;  // if there are any
   left.fetch(0, depth);
   right.fetch(0, depth);
   for (int start = 0; start < depth; start += kStride) {
@@ -287,9 +304,11 @@ __device__ __forceinline__ void multiply(Left left, Right right, int depth, Entr
     if constexpr (kSteps<Entry> == 2) {
       add_pairs<Tile>(left_slice, right_slice, sums);
     } else {
-      add_slice<Tile>(left_slice, right_slice, sums);
+      add_slice<Tile>(left_slice, right_slice, Tile::kInParts ? parts : sums);
+      if (Tile::kInParts && start % kPart == kPart - kStride) sums.take(parts);
     }
   }
+  if (Tile::kInParts) sums.take(parts);
 }
 
 // The same with all of the left operand in shared memory, entry (i, k) at k * left_stride + i, to a

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from pyllm.cuda_kernels._launch import accumulator, dtype_code, launch, ready
+from pyllm.cuda_kernels._tile import tile_columns
 
 CHUNK_BYTES = 64 * 2**20
 """For the gradients of logits, beside which 4,096 rows of 50,257 words would take 412 MB."""
@@ -26,8 +27,7 @@ def linear_cross_entropy_forward(
     n_rows, n_words = x_ND.shape[0], weight_VD.shape[0]
     loss_N = x_ND.new_empty(n_rows, dtype=wide)
     lse_N, picked_N = torch.empty_like(loss_N), torch.empty_like(loss_N)
-    tile = 64 if wide is torch.float64 else 128
-    partials = loss_N.new_empty(-(-n_words // tile), 2, n_rows)
+    partials = loss_N.new_empty(-(-n_words // tile_columns(x_ND.dtype)), 2, n_rows)
     launch(
         "linear_cross_entropy_forward",
         code,

@@ -9,19 +9,15 @@ from torch import Tensor
 
 from pyllm.cuda_kernels._launch import accumulator, dtype_code, launch, ready
 from pyllm.cuda_kernels._routing import as_index, sort_by_expert, sum_rows
+from pyllm.cuda_kernels._tile import tile_columns, tile_rows
 
 FEW_TOKENS = 4
 """Up to so many, experts' rows are multiplied by vectors; above, tiles of sorted rows are."""
 
 
-def _tile(dtype: torch.dtype) -> tuple[int, int]:
-    """Rows and columns of a block's product (``csrc/cuda/tile.cuh``)."""
-    return (32, 64) if dtype == torch.float64 else (64, 128)
-
-
 def _tiles(offsets_E1: Tensor, n_rows: int, dtype: torch.dtype) -> tuple[Tensor, int]:
     """(expert, first row) of each tile, and the number of them: a bound that needs no counts."""
-    rows, n_experts = _tile(dtype)[0], offsets_E1.numel() - 1
+    rows, n_experts = tile_rows(dtype), offsets_E1.numel() - 1
     n_tiles = n_rows // rows + min(n_experts + 1, n_rows)
     tiles = offsets_E1.new_empty(n_tiles, 2)
     launch("moe_tiles", offsets_E1, tiles, n_experts, n_rows, rows, n_tiles)
@@ -121,7 +117,7 @@ def moe_ffn_backward(
     position_NA = as_index(position_NA, n_rows)
     tiles, n_tiles = _tiles(offsets_E1, n_rows, x_ND.dtype)
     dpre_RF, h_RF = torch.empty_like(pre_RF), x_ND.new_empty(n_rows, hidden)
-    partials = weights_wide.new_empty(-(-hidden // _tile(x_ND.dtype)[1]), n_rows)
+    partials = weights_wide.new_empty(-(-hidden // tile_columns(x_ND.dtype)), n_rows)
     dx_RD = x_ND.new_empty(n_rows, width)
     dw_in, dw_out = torch.empty_like(w_in_EFD), torch.empty_like(w_out_EDF)
     dweights_NA = torch.empty_like(weights_wide)
