@@ -70,8 +70,6 @@ __device__ __forceinline__ W hidden() {
 // The scale of an int8 cache; not finite gives NaN.
 __device__ __forceinline__ float sound(float scale) { return isfinite(scale) ? scale : NAN; }
 
-__device__ __forceinline__ float widen(signed char value) { return static_cast<float>(value); }
-
 // Scores, then weights, of kRows queries and kTile keys, and what stands beside them.
 template <class W>
 struct Tile {

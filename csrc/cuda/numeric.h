@@ -21,6 +21,7 @@ using Wide = typename Accumulator<Storage>::type;
 
 __device__ __forceinline__ float widen(float value) { return value; }
 __device__ __forceinline__ double widen(double value) { return value; }
+__device__ __forceinline__ float widen(signed char value) { return static_cast<float>(value); }
 __device__ __forceinline__ float widen(__half value) { return __half2float(value); }
 __device__ __forceinline__ float widen(__nv_bfloat16 value) { return __bfloat162float(value); }
 

@@ -11,9 +11,9 @@ from torch import Tensor
 from pyllm.ops import attention, available_faces, decode_attention, kv_append
 from pyllm.ops._registry import face_module
 from pyllm.testing.cases.decode_attention import DECODE_ATTENTION
-from pyllm.testing.suite import InferenceSuite, TinyInferenceSuite
+from pyllm.testing.suite import InferenceSuite, TinyInferenceSuite, faces_on
 
-FACES = available_faces("decode_attention")
+FACES = faces_on("cpu", available_faces("decode_attention"))
 
 
 class TestDecodeAttention(InferenceSuite):

@@ -14,9 +14,9 @@ from pyllm.cpu_kernels.int8_linear import int8_linear_plain
 from pyllm.ops import available_faces, int8_linear, quantize_int8
 from pyllm.ops._registry import face_module
 from pyllm.testing.cases.int8_linear import INT8_LINEAR
-from pyllm.testing.suite import InferenceSuite
+from pyllm.testing.suite import InferenceSuite, faces_on
 
-FACES = available_faces("int8_linear")
+FACES = faces_on("cpu", available_faces("int8_linear"))
 
 
 class TestInt8Linear(InferenceSuite):

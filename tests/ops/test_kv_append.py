@@ -10,9 +10,9 @@ from torch import Tensor
 from pyllm.ops import available_faces, kv_append
 from pyllm.ops._registry import face_module
 from pyllm.testing.cases.kv_append import KV_APPEND
-from pyllm.testing.suite import InferenceSuite, TinyInferenceSuite
+from pyllm.testing.suite import InferenceSuite, TinyInferenceSuite, faces_on
 
-FACES = available_faces("kv_append")
+FACES = faces_on("cpu", available_faces("kv_append"))
 
 
 class TestKvAppend(InferenceSuite):

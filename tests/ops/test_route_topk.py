@@ -6,7 +6,7 @@ import torch
 from pyllm.ops import available_faces, route_topk
 from pyllm.ops._registry import face_module
 from pyllm.testing.cases.route_topk import ROUTE_TOPK
-from pyllm.testing.suite import OperationSuite
+from pyllm.testing.suite import OperationSuite, faces_on
 
 
 class TestRouteTopk(OperationSuite):
@@ -63,7 +63,7 @@ def test_the_cpu_face_writes_nowhere_else(top_k: int) -> None:
         torch.ops.pyllm.route_topk_forward(torch.randn(2, 3), None, top_k, "cpu")
 
 
-@pytest.mark.parametrize("face", available_faces("route_topk"))
+@pytest.mark.parametrize("face", faces_on("cpu", available_faces("route_topk")))
 def test_nan_counts_as_the_largest_and_the_lower_index_comes_first(face: str) -> None:
     nan, inf = float("nan"), float("inf")
     logits = torch.tensor([[1.0, nan, inf, nan], [inf, -inf, nan, inf], [nan, nan, nan, nan]])
@@ -71,7 +71,7 @@ def test_nan_counts_as_the_largest_and_the_lower_index_comes_first(face: str) ->
     assert experts.tolist() == [[1, 3, 2], [2, 0, 3], [0, 1, 2]]
 
 
-@pytest.mark.parametrize("face", available_faces("route_topk"))
+@pytest.mark.parametrize("face", faces_on("cpu", available_faces("route_topk")))
 def test_a_bias_decides_the_choice_and_not_the_weights(face: str) -> None:
     logits, bias = torch.tensor([[2.0, 1.0, 0.0, -200.0]]), torch.tensor([0.0, 0.0, 2.0, 3.0])
     routing = route_topk(logits, 2, bias=bias, face=face)
