@@ -91,4 +91,12 @@ PYBIND11_MODULE(_cuda, module) {
   PYLLM_DEFINE(quantize_rows);
   PYLLM_DEFINE(int8_matmul);
   PYLLM_DEFINE(int8_weights);
+  PYLLM_DEFINE(moe_tiles);
+  PYLLM_DEFINE(moe_ffn_forward);
+  PYLLM_DEFINE(moe_ffn_few);
+  PYLLM_DEFINE(moe_ffn_backward);
+  PYLLM_DEFINE(attention_forward);
+  PYLLM_DEFINE(attention_backward);
+  PYLLM_DEFINE(linear_cross_entropy_forward);
+  PYLLM_DEFINE(linear_cross_entropy_backward);
 }

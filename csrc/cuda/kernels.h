@@ -95,4 +95,57 @@ void int8_matmul(DType dtype, const void* q, const void* scales, const void* wei
 void int8_weights(DType dtype, const void* x, const void* weight, const void* weight_scale, void* y,
                   std::int64_t rows, std::int64_t features, std::int64_t width, Stream stream);
 
+// moe_ffn.cu. tiles: (most_tiles, 2) int32 by moe_tiles, of tile_rows sorted rows at most: 64, of
+// float64 32. h (rows, hidden) and y_rows (rows, width) are scratch; moe_combine.cu ends the job.
+void moe_tiles(const void* offsets, void* tiles, std::int64_t n_experts, std::int64_t n_rows,
+               std::int64_t tile_rows, std::int64_t most_tiles, Stream stream);
+void moe_ffn_forward(DType dtype, const void* x, const void* w_in, const void* w_out,
+                     const void* order, const void* offsets, const void* tiles, void* pre, void* h,
+                     void* y_rows, std::int64_t n_rows, std::int64_t top_k, std::int64_t n_experts,
+                     std::int64_t width, std::int64_t hidden, bool gated, std::int64_t most_tiles,
+                     Stream stream);
+// moe_ffn_few.cu: all of the forward, for few tokens.
+void moe_ffn_few(DType dtype, const void* x, const void* w_in, const void* w_out,
+                 const void* weights, const void* experts, void* y, void* pre, void* h, void* order,
+                 void* position, void* offsets, std::int64_t n_tokens, std::int64_t top_k,
+                 std::int64_t n_experts, std::int64_t width, std::int64_t hidden, bool gated,
+                 Stream stream);
+// moe_ffn_backward.cu. Scratch: dpre as pre, weighted_h (rows, hidden), partials (hidden / 128, of
+// float32 and float64 64, rounded up; rows) in the type of sums, dx_rows (rows, width), which
+// moe_combine.cu adds up.
+void moe_ffn_backward(DType dtype, const void* dy, const void* x, const void* w_in,
+                      const void* w_out, const void* weights, const void* pre, const void* order,
+                      const void* position, const void* offsets, const void* tiles, void* dpre,
+                      void* weighted_h, void* partials, void* dx_rows, void* dw_in, void* dw_out,
+                      void* dweights, std::int64_t n_rows, std::int64_t top_k,
+                      std::int64_t n_experts, std::int64_t width, std::int64_t hidden, bool gated,
+                      std::int64_t most_tiles, Stream stream);
+
+// attention.cu, attention_backward.cu. Contiguous tensors; heads of up to 128 numbers; window 0 for
+// none. delta is scratch of lse's size and type.
+void attention_forward(DType dtype, const void* q, const void* k, const void* v, double scale,
+                       void* y, void* lse, std::int64_t batch, std::int64_t n_queries,
+                       std::int64_t n_keys, std::int64_t n_heads, std::int64_t n_kv_heads,
+                       std::int64_t head, bool causal, std::int64_t window, std::int64_t sinks,
+                       Stream stream);
+void attention_backward(DType dtype, const void* dy, const void* q, const void* k, const void* v,
+                        const void* y, const void* lse, double scale, void* delta, void* dq,
+                        void* dk, void* dv, std::int64_t batch, std::int64_t n_queries,
+                        std::int64_t n_keys, std::int64_t n_heads, std::int64_t n_kv_heads,
+                        std::int64_t head, bool causal, std::int64_t window, std::int64_t sinks,
+                        Stream stream);
+
+// linear_cross_entropy.cu. Scratch of the forward, in the type of sums: partials (words / 128, of
+// float32 and float64 64, rounded up; 2; rows) and picked (rows,). The backward gives the gradients
+// of some words' logits, (rows, last_word - first_word); products with them are the caller's.
+void linear_cross_entropy_forward(DType dtype, const void* x, const void* weight,
+                                  const void* targets, void* loss, void* lse, void* partials,
+                                  void* picked, std::int64_t ignore_index, std::int64_t n_rows,
+                                  std::int64_t n_words, std::int64_t width, Stream stream);
+void linear_cross_entropy_backward(DType dtype, const void* dloss, const void* x,
+                                   const void* weight, const void* targets, const void* lse,
+                                   void* dlogits, std::int64_t ignore_index, std::int64_t n_rows,
+                                   std::int64_t width, std::int64_t first_word,
+                                   std::int64_t last_word, Stream stream);
+
 }  // namespace pyllm::cuda

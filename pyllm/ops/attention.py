@@ -133,5 +133,5 @@ register(
     fake_backward=_fake_backward,
     setup_context=_setup_context,
     gradient=_gradient,
-    faces={"cpu": ("cpu", "torch", "reference"), "cuda": ("triton", "reference")},
+    faces={"cpu": ("cpu", "torch", "reference"), "cuda": ("triton", "cuda", "reference")},
 )

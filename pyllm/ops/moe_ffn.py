@@ -137,5 +137,5 @@ register(
     fake_backward=_fake_backward,
     setup_context=_setup_context,
     gradient=_gradient,
-    faces={"cpu": ("cpu", "reference"), "cuda": ("triton", "torch", "reference")},
+    faces={"cpu": ("cpu", "reference"), "cuda": ("triton", "cuda", "torch", "reference")},
 )

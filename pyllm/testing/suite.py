@@ -35,6 +35,8 @@ MUTANT_VOLUME = 100_000
 """Product of a case's sizes up to which it is tried on source mutants that small cases miss."""
 INTERPRETED = ("triton", "cuda")
 """Faces of a card, which are slow here: Triton's interpreter, a fiber for each thread of CUDA."""
+TILED = ("moe_ffn", "attention", "linear_cross_entropy")
+"""Operations whose CUDA kernels multiply tiles, whole ones however small the case is."""
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -53,21 +55,25 @@ def faces_on(device: str, available: Sequence[str]) -> list[str]:
     return [face for face in available if face not in absent]
 
 
+def cases_of(face: str, operation: Operation) -> tuple[OpCase, ...]:
+    """The hostile cases; for a slow face the smoke subset, with the chosen ones of ``extra``."""
+    if face == "triton":
+        return operation.smoke_cases
+    if face == "cuda" and operation.name in TILED:
+        return operation.smoke_cases + tuple(operation.case(sizes) for sizes in operation.extra)
+    return operation.hostile_cases
+
+
 def parameters(
     operation: Operation, available: Sequence[str], name: str
 ) -> tuple[list[Any], list[str]] | None:
     """Values and ids of a test's parameter, or None for a parameter of another kind.
 
-    ``case`` spans the hostile sizes, with ``smoke_case`` for what is slow; a face in Triton's
-    interpreter gets the smoke subset through ``face_case``, pairs of both.
+    ``smoke_case`` is for what is slow; ``face_case`` are pairs of a face and one of its cases.
     """
     faces = faces_on("cpu", available)
     if name == "face_case":
-        pairs = [
-            (face, case)
-            for face in faces
-            for case in (operation.smoke_cases if face == "triton" else operation.hostile_cases)
-        ]
+        pairs = [(face, case) for face in faces for case in cases_of(face, operation)]
         # The expectations of a case are kept for a while: put its faces side by side.
         pairs.sort(key=lambda pair: pair[1].label)
         return pairs, [f"{face}-{case.label}" for face, case in pairs]

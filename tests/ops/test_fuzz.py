@@ -18,7 +18,7 @@ from pyllm.ops._registry import available_faces
 from pyllm.testing import OPERATIONS, Operation, check_door
 from pyllm.testing.declaration import Arguments
 from pyllm.testing.layouts import LAYOUTS
-from pyllm.testing.suite import DTYPES, faces_on
+from pyllm.testing.suite import DTYPES, TILED, faces_on
 
 LARGEST_SIZE = 40
 Strategy = st.SearchStrategy
@@ -27,9 +27,11 @@ pytestmark = pytest.mark.fuzz
 
 
 def _faces(operation: Operation) -> list[str]:
-    # Triton's interpreter takes a second for what the others do in a millisecond.
+    # Triton's interpreter, or a fiber for each thread of a tile, takes a second for what the others
+    # do in a millisecond.
+    slow = {"triton", "reference", *(["cuda"] if operation.name in TILED else [])}
     faces = faces_on("cpu", available_faces(operation.name))
-    return [face for face in faces if face not in ("triton", "reference")] or ["reference"]
+    return [face for face in faces if face not in slow] or ["reference"]
 
 
 def _axis(name: str, values: Any) -> Strategy[Any]:
