@@ -1,7 +1,6 @@
 """The extension: it builds or says why not, forced instruction sets, one OpenMP runtime."""
 
 import os
-import platform
 import shutil
 import subprocess
 import sys
