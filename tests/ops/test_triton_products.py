@@ -1,4 +1,4 @@
-"""What the declared cases do not reach in the Triton faces: the blocks that cards use, bad indices."""
+"""What the declared cases do not reach in the Triton faces: blocks of cards, and bad indices."""
 
 from collections.abc import Iterator
 from typing import Any
