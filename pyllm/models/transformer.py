@@ -267,7 +267,10 @@ class Transformer(nn.Module):
         for block in self.blocks:
             # What a cache took in cannot be computed once more: it has changed since.
             if self.recompute and self.training and torch.is_grad_enabled() and cache is None:
-                x_BTD, routed = checkpoint(block, x_BTD, rotary, use_reentrant=False)
+                # Nothing in a block is random; reading a GPU's generators would wait for it.
+                x_BTD, routed = checkpoint(
+                    block, x_BTD, rotary, use_reentrant=False, preserve_rng_state=False
+                )
             else:
                 x_BTD, routed = block(x_BTD, rotary, cache, real)
             if routed is not None:

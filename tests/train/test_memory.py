@@ -102,7 +102,7 @@ def test_the_parts_are_what_they_are_called() -> None:
     assert full.copies == 0 and mixed.copies == pytest.approx(2 * inside, rel=0.01)
     assert mixed.activations < 0.7 * full.activations
     again = estimate_memory(SMALL, replace(train, recompute=True), torch.bfloat16, "cpu")
-    assert again.activations < 0.5 * mixed.activations and again.copies < mixed.copies
+    assert again.activations < 0.6 * mixed.activations and again.copies < mixed.copies
     one = estimate_memory(SMALL, replace(train, accumulation=1), torch.float32, "cpu")
     assert one.gradients < full.gradients, "there are none yet when activations are most"
     eight = estimate_memory(SMALL, replace(train, optimizer="adamw8bit"), torch.float32, "cpu")
