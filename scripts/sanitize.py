@@ -219,6 +219,8 @@ def settings(extension: Path) -> dict[str, str]:
     ended = f"exitcode={REPORTED}:halt_on_error=1"
     return {
         "PYLLM_EXTENSION": str(extension),
+        # No CUDA kernels compiled for the CPU: tests/conftest.py does not build them then.
+        "PYLLM_CUDA_EXTENSION": "",
         # Python itself never frees what it has made once.
         "ASAN_OPTIONS": f"{ended}:detect_leaks=0",
         "UBSAN_OPTIONS": f"{ended}:print_stacktrace=1",
