@@ -40,13 +40,19 @@ MOST_SPLITS = 8
 """Into so many parts at most the words of a slab are split for dx, where rows and columns alone
 would leave multiprocessors idle."""
 
+# The sums over a block's words take 218 registers of a thread with 128 words: no wider blocks.
 SPANS = {
-    2: (Blocks(128, 128, 64, 8, 3), Blocks(128, 256, 64, 8, 3)),
+    2: (Blocks(128, 128, 64, 8, 3), Blocks(64, 128, 64, 4, 3)),
     4: (Blocks(64, 64, 16, 4, 2),),
     8: (Blocks(32, 32, 16, 4, 2),),
 }
+# Wider ones need what only sm_90 has of shared memory, see moe_ffn.
 PRODUCTS = {
-    2: (Blocks(128, 128, 64, 8, 3), Blocks(128, 256, 64, 8, 3)),
+    2: (
+        Blocks(128, 128, 64, 8, 3),
+        Blocks(128, 128, 64, 8, 4),
+        Blocks(128, 256, 64, 8, 4),
+    ),
     4: (Blocks(64, 64, 16, 4, 2),),
     8: (Blocks(32, 32, 16, 4, 2),),
 }
