@@ -42,9 +42,9 @@ GROUP = 8
 """Row blocks that walk through the columns together: 1,024 rows of 2,048 numbers of 16 bits are 4
 MB, a share of the second-level cache."""
 
-# By item size, then rows of a block. With 16 bits, what needs 99 kB or less runs on every card, up to
-# 163 kB on sm_80 too, more on sm_90 alone. So the widest blocks are listed with four stages only: on
-# sm_80 two products of 128 x 128 in one program spilled 9 kB a thread.
+# By item size, then rows of a block. With 16 bits, what needs 99 kB or less runs on every card, up
+# to 163 kB on sm_80 too, more on sm_90 alone. So the widest blocks are listed with four stages only:
+# on sm_80 two products of 128 x 128 in one program spilled 9 kB a thread.
 UP_GATED = {
     2: {
         16: (Blocks(16, 64, 64, 4, 4, products=2),),
