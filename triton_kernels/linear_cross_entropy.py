@@ -25,6 +25,7 @@ from pyllm.triton_kernels._tuning import (
     WORTH_TIMING,
     Blocks,
     launch,
+    on_its_card,
     row_shape,
 )
 from pyllm.triton_kernels._variants import ITEM_SIZES, Variant, products, variant
@@ -64,6 +65,7 @@ ROW_GRADIENT = {
 }
 
 
+@on_its_card
 def linear_cross_entropy_forward(
     x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, ignore_index: int
 ) -> tuple[Tensor, Tensor]:
@@ -116,6 +118,7 @@ def linear_cross_entropy_forward(
     return loss_N, lse_N
 
 
+@on_its_card
 def linear_cross_entropy_backward(
     dloss_N: Tensor,
     x_ND: Tensor,

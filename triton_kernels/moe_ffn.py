@@ -33,6 +33,7 @@ from pyllm.triton_kernels._tuning import (
     WORTH_TIMING,
     Blocks,
     launch,
+    on_its_card,
     row_shape,
 )
 from pyllm.triton_kernels._variants import ITEM_SIZES, Variant, products, variant
@@ -43,8 +44,8 @@ GROUP = 8
 MB, a share of the second-level cache."""
 
 # By item size, then rows of a block. With 16 bits, what needs 99 kB or less runs on every card, up
-# to 163 kB on sm_80 too, more on sm_90 alone. So the widest blocks are listed with four stages only:
-# on sm_80 two products of 128 x 128 in one program spilled 9 kB a thread.
+# to 163 kB on sm_80 too, more on sm_90 alone. So the widest blocks are listed with four stages: on
+# sm_80 two products of 128 x 128 in one program spilled 9 kB a thread.
 UP_GATED = {
     2: {
         16: (Blocks(16, 64, 64, 4, 4, products=2),),
@@ -98,6 +99,7 @@ def rows_of_block(n_rows: int, n_experts: int, sizes: Any, least: int = 0) -> in
     return next((m for m in fits if mean <= m), fits[-1])
 
 
+@on_its_card
 def moe_ffn_forward(
     x_ND: Tensor,
     w_in_EFD: Tensor,
@@ -148,6 +150,7 @@ def moe_ffn_forward(
     return y_ND, pre_RF, order_R, position_NA, offsets_E1
 
 
+@on_its_card
 def moe_ffn_backward(
     dy_ND: Tensor,
     x_ND: Tensor,
