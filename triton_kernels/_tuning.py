@@ -77,9 +77,10 @@ def on_its_card(function: Callable[..., Any]) -> Callable[..., Any]:
     """Run a launcher with its first tensor's card as the current one: Triton launches there."""
 
     @wraps(function)
-    def run(first: Tensor, *others: Any) -> Any:
+    def run(*arguments: Any, **named: Any) -> Any:
+        first = next(iter((*arguments, *named.values())))
         with torch.cuda.device(first.device) if first.is_cuda else nullcontext():
-            return function(first, *others)
+            return function(*arguments, **named)
 
     return run
 
