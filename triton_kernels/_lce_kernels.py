@@ -66,7 +66,8 @@ def span_kernel(
         )
         picked += tl.sum(tl.where(words[None, :] == targets[:, None], z, 0.0), axis=1)
         z = tl.where((words < n_words)[None, :], z, float("-inf"))
-        larger = tl.maximum(maximum, tl.max(z, axis=1))
+        # Without the NaNs, which reach the sum all the same; the interpreter warns of them.
+        larger = tl.maximum(maximum, tl.max(tl.where(z == z, z, float("-inf")), axis=1))
         shift = finite(larger)
         total = total * tl.exp(maximum - shift) + tl.sum(tl.exp(z - shift[:, None]), axis=1)
         maximum = larger

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import torch
 import triton
 import triton.language as tl
+from pyllm.triton_kernels._tuning import CARD_OPTIONS
 from pyllm.triton_kernels._variants import Variant
 from torch import Tensor
 
@@ -128,7 +129,7 @@ def sort_by_expert(experts_NA: Tensor, n_experts: int) -> tuple[Tensor, Tensor, 
     order_R = experts_R.new_empty(n_slots, dtype=torch.int32)
     position_R = torch.empty_like(order_R)
     offsets_E1 = experts_R.new_empty(n_experts + 1, dtype=torch.int32)
-    shape = {"BLOCK": block, "BLOCK_E": block_e}
+    shape = {"BLOCK": block, "BLOCK_E": block_e, **CARD_OPTIONS}
     if n_slots:
         count_kernel[(n_blocks,)](experts_R, counts, n_slots, **shape)
     scan_kernel[(1,)](counts, offsets_E1, n_blocks, n_experts, **shape)
@@ -153,7 +154,14 @@ def list_tiles(offsets_E1: Tensor, n_rows: int, rows_per_tile: int) -> Tensor:
     block, block_e = _blocks(n_experts)
     if n_tiles:
         tile_kernel[(triton.cdiv(n_tiles, block),)](
-            offsets_E1, tiles, n_tiles, n_experts, ROWS=rows_per_tile, BLOCK=block, BLOCK_E=block_e
+            offsets_E1,
+            tiles,
+            n_tiles,
+            n_experts,
+            ROWS=rows_per_tile,
+            BLOCK=block,
+            BLOCK_E=block_e,
+            **CARD_OPTIONS,
         )
     return tiles
 

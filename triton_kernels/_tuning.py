@@ -11,8 +11,9 @@ through several blocks in every direction.
 
 import os
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, wraps
 from typing import Any
 
 import torch
@@ -72,6 +73,18 @@ def fitting(blocks: tuple[Blocks, ...], item_size: int, limit: int) -> tuple[Blo
     return tuple(one for one in blocks if one.shared(item_size) <= limit)
 
 
+def on_its_card(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Run a launcher with its first tensor's card as the current one: Triton launches there."""
+
+    @wraps(function)
+    def run(*arguments: Any, **named: Any) -> Any:
+        first = next(iter((*arguments, *named.values())))
+        with torch.cuda.device(first.device) if first.is_cuda else nullcontext():
+            return function(*arguments, **named)
+
+    return run
+
+
 @cache
 def _autotuned(kernel: Any, blocks: tuple[Blocks, ...], key: tuple[str, ...]) -> Any:
     configs = [
@@ -105,16 +118,15 @@ def launch(
     if INTERPRETED:
         kernel[grid](**arguments, **blocks[0].constants)
         return
-    with torch.cuda.device(example.device):
-        limit = shared_memory(example.device.index)
-        fits = fitting(blocks, example.element_size(), limit)
-        # Timing waits for the device, which a stream that is being captured must not.
-        if worth_timing and len(fits) > 1 and not torch.cuda.is_current_stream_capturing():
-            _autotuned(kernel, fits, key)[grid](**arguments, **CARD_OPTIONS)
-            return
-        first = fits[0]
-        options = {"num_warps": first.warps, "num_stages": first.stages, **CARD_OPTIONS}
-        kernel[grid](**arguments, **first.constants, **options)
+    limit = shared_memory(example.device.index)
+    fits = fitting(blocks, example.element_size(), limit)
+    # Timing waits for the device, which a stream that is being captured must not.
+    if worth_timing and len(fits) > 1 and not torch.cuda.is_current_stream_capturing():
+        _autotuned(kernel, fits, key)[grid](**arguments, **CARD_OPTIONS)
+        return
+    first = fits[0]
+    options = {"num_warps": first.warps, "num_stages": first.stages, **CARD_OPTIONS}
+    kernel[grid](**arguments, **first.constants, **options)
 
 
 def row_shape(width: int) -> dict[str, int]:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+from pyllm.triton_kernels._tuning import CARD_OPTIONS
 from pyllm.triton_kernels._variants import Variant
 from torch import Tensor
 
@@ -156,7 +157,7 @@ def rms_norm_forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Ten
     rstd = x.new_empty(x.shape[:-1], dtype=torch.float64 if double else torch.float32)
     if rstd.numel() and width:
         forward_kernel[(rstd.numel(),)](
-            x, weight, y, rstd, width, eps, DOUBLE=double, **launch_options(width)
+            x, weight, y, rstd, width, eps, DOUBLE=double, **launch_options(width), **CARD_OPTIONS
         )
     return y, rstd
 
@@ -184,6 +185,7 @@ def rms_norm_backward(dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor) -> tu
         rows_per_block,
         DOUBLE=rstd.dtype == torch.float64,
         **options,
+        **CARD_OPTIONS,
     )
     return dx, partial.sum(0).to(weight.dtype)
 

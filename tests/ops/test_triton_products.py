@@ -28,7 +28,7 @@ def _lists(table: Any) -> Iterator[tuple[int, tuple[Blocks, ...]]]:
             yield size, blocks
 
 
-MOE_TABLES = (moe_ffn.UP_GATED, moe_ffn.ROWS, moe_ffn.WEIGHT_GRADIENT)
+MOE_TABLES = (moe_ffn.UP_GATED, moe_ffn.UP_PLAIN, moe_ffn.ROWS, moe_ffn.WEIGHT_GRADIENT)
 LCE_TABLES = tuple(
     getattr(linear_cross_entropy, name) for name in ("SPANS", "PRODUCTS", "ROW_GRADIENT")
 )
@@ -40,7 +40,7 @@ def _shapes(tables: tuple[Any, ...]) -> list[tuple[int, int, int]]:
     )
 
 
-@pytest.mark.parametrize("table", [*MOE_TABLES, *LCE_TABLES], ids=range(6))
+@pytest.mark.parametrize("table", [*MOE_TABLES, *LCE_TABLES], ids=range(7))
 def test_every_card_has_a_configuration(table: Any) -> None:
     for size, blocks in _lists(table):
         assert fitting(blocks, size, SMALLEST_CARD), blocks
@@ -62,7 +62,8 @@ def test_row_blocks_are_as_tall_as_the_experts_ask(monkeypatch: pytest.MonkeyPat
     for size, table in moe_ffn.ROWS.items():
         assert table.keys() == moe_ffn.UP_GATED[size].keys()
         for rows in table:
-            assert {b.m for b in table[rows] + moe_ffn.UP_GATED[size][rows]} == {rows}
+            lists = (table, moe_ffn.UP_GATED[size], moe_ffn.UP_PLAIN[size])
+            assert {b.m for blocks in lists for b in blocks[rows]} == {rows}
 
 
 @interpreted
