@@ -71,7 +71,7 @@ def _library() -> Any:
             "'pyllm[gpu]', or give --train.optimizer adamw or muon"
         ) from None
 
-    class PlainAdamW8bit(AdamW8bit):  # type: ignore[misc]
+    class PlainAdamW8bit(AdamW8bit):
         """See the module."""
 
         def update_step(self, group: Any, p: Any, gindex: int, pindex: int) -> None:
