@@ -332,7 +332,7 @@ def operations(device: "torch.device", toy: bool) -> list[dict[str, Any]]:
                 row: dict[str, Any] = {"op": case.op, "name": label, "dtype": name}
                 row["sizes"] = dict(case.sizes)
                 try:
-                    seconds = 0.01 if toy else 0.2
+                    seconds = 0.01 if toy else 0.1
                     row["rows"] = time_case(case, DTYPES[name], device.type, seconds, cold=False)
                 except Exception as error:  # one that fails must not cost the others' figures
                     row["error"] = f"{type(error).__name__}: {error}"
