@@ -24,7 +24,8 @@ def commands(with_tests: bool) -> list[list[str]]:
     tools = Path(sys.executable).parent  # those of this environment, whatever PATH says
     sources = sorted(
         str(path.relative_to(ROOT))
-        for path in (ROOT / "csrc").rglob("*")
+        for folder in ("csrc", "tests/cuda_kernels")
+        for path in (ROOT / folder).rglob("*")
         if path.suffix in {".cpp", ".h", ".cu", ".cuh"}
     )
     checks = [

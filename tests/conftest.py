@@ -149,9 +149,22 @@ def pytest_testnodedown(node: Any) -> None:
         verdicts[operation, mutant] = killed
 
 
+NOT_SHOWN_WITHOUT_A_CARD = (
+    "Triton's interpreter: races, masked loads without a value (0 here, anything there), TF32",
+    "Triton's and nvcc's compilers alone: that the code runs, and what it computes",
+    "CUDA C++ on the CPU: races of two instants, weak memory order, contracted products, exp and "
+    "rsqrt as the card has them, addresses outside of a tensor, the launch itself and its streams",
+    "either: speed, the memory that a card needs, CUDA graphs",
+)
+
+
 def pytest_terminal_summary(
     terminalreporter: pytest.TerminalReporter, config: pytest.Config
 ) -> None:
+    if not torch.cuda.is_available():
+        terminalreporter.write_line("no card here, so nothing above shows this of GPU kernels:")
+        for line in NOT_SHOWN_WITHOUT_A_CARD:
+            terminalreporter.write_line(f"  {line}")
     verdicts = config.stash.get(_VERDICTS, {})
     if not verdicts:
         return

@@ -174,6 +174,79 @@ def test_the_build_survives_without_a_compiler(tmp_path: Path) -> None:
     assert "/nonexistent" in reason
 
 
+FAKES = {
+    "nvcc": "exit 1",
+    "nvidia-smi": "echo 8.6; echo 5.2; echo 8.6",
+    # Says what it was asked for, and builds nothing.
+    "cmake": 'echo "asked: $*"; exit 1',
+}
+
+
+@pytest.mark.parametrize(
+    ("programs", "environment", "architectures"),
+    [
+        (("nvcc", "nvidia-smi"), {}, "86-real"),
+        (("nvcc", "nvidia-smi"), {"PYLLM_CUDA": "0"}, None),
+        (("nvcc", "nvidia-smi"), {"PYLLM_CUDA_ARCHS": "75,86"}, "75;86"),
+        (("nvcc", "nvidia-smi"), {"PYLLM_CUDA": "1"}, "75-real;80-real;86-real;90"),
+        (("nvcc",), {}, None),
+        (("nvcc",), {"PYLLM_CUDA": "1", "PYLLM_CUDA_ARCHS": "75"}, "75"),
+        (("nvidia-smi",), {}, None),
+        (("nvidia-smi",), {"PYLLM_CUDA": "1"}, "nvcc was not found"),
+    ],
+    ids=str,
+)
+def test_when_the_cuda_kernels_are_built(
+    tmp_path: Path, programs: tuple[str, ...], environment: dict[str, str], architectures: str
+) -> None:
+    """And whatever comes of it, the install succeeds and the reason is kept."""
+    pytest.importorskip("pybind11")
+    pytest.importorskip("setuptools")
+    if sys.platform == "win32":
+        pytest.skip("the fakes are shell scripts")
+    if "nvcc" not in programs and Path("/usr/local/cuda/bin/nvcc").exists():
+        pytest.skip("there is an nvcc that is found without PATH")
+    for name in ("setup.py", "pyproject.toml", "LICENSE"):
+        shutil.copy(ROOT / name, tmp_path)
+    package_without_extension(tmp_path)
+    (tmp_path / "triton_kernels").mkdir()
+    (tmp_path / "triton_kernels" / "__init__.py").touch()
+    (tmp_path / "bin").mkdir()
+    for name in (*programs, "cmake"):
+        fake = tmp_path / "bin" / name
+        fake.write_text(f"#!/bin/sh\n{FAKES[name]}\n", encoding="utf-8")
+        fake.chmod(0o755)
+    command = ["setup.py", "-q", "build_ext", "--build-lib", "out", "--build-temp", "temp"]
+    mine = ("PYLLM_CUDA", "CUDA", "PATH")
+    others = {name: value for name, value in os.environ.items() if not name.startswith(mine)}
+    result = subprocess.run(
+        [sys.executable, *command],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={**others, "PATH": f"{tmp_path / 'bin'}:/bin", **environment},
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    failures = tmp_path / "out" / "pyllm"
+    assert "asked: --fresh" in (failures / "_build_failure.txt").read_text(encoding="utf-8")
+    failure = failures / "_cuda_build_failure.txt"
+    if architectures is None:
+        assert not failure.exists()
+    elif "nvcc" in programs:
+        asked = failure.read_text(encoding="utf-8")
+        assert f"-DPYLLM_CUDA=ON -DCMAKE_CUDA_ARCHITECTURES={architectures} " in asked
+    else:
+        assert architectures in failure.read_text(encoding="utf-8")
+
+
+def test_another_cuda_build_that_does_not_load_is_an_error() -> None:
+    code = "from pyllm._native import cuda_extension; cuda_extension()"
+    result = run_python(code, PYLLM_CUDA_EXTENSION="/nowhere/_cuda.so")
+    assert result.returncode != 0
+    last_line = result.stderr.splitlines()[-1]
+    assert "PYLLM_CUDA_EXTENSION='/nowhere/_cuda.so' does not load as pyllm._cuda" in last_line
+
+
 def test_triton_kernels_is_no_top_level_name(tmp_path: Path) -> None:
     """Another project on the package index owns it; ours is pyllm.triton_kernels."""
     code = """

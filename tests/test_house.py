@@ -12,7 +12,7 @@ MAX_LINES = 500
 FLOORS = (
     (
         "_native _lazy _checks _memory _durable _flags _cli reference triton_kernels cpu_kernels "
-        "torch_kernels foundations tokenizers testing viz"
+        "cuda_kernels torch_kernels foundations tokenizers testing viz"
     ),
     "ops",
     "layers data",
