@@ -77,7 +77,7 @@ struct Probabilities {
 };
 
 template <class T, int head>
-__global__ void __launch_bounds__(kAttentionThreads, head == 64 && sizeof(T) < 8 ? 2 : 1)
+__global__ void __launch_bounds__(kAttentionThreads, 1)
     queries_kernel(BackwardInputs<T> in, T* __restrict__ dq, Sight sight) {
   using W = Wide<T>;
   using Scores = ScoreTile<W>;

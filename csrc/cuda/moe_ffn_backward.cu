@@ -131,7 +131,7 @@ struct Rows {
 
 // The gradient of an expert's matrix (left.width, right.width): left^T right over its rows.
 template <class T>
-__global__ void __launch_bounds__(ProductTile<T>::kThreads, sizeof(T) == 2 ? 4 : 1)
+__global__ void __launch_bounds__(ProductTile<T>::kThreads, 1)
     weights_kernel(Rows<T> left_rows, Rows<T> right_rows, Routing routing, T* __restrict__ dw,
                    bool packed) {
   using W = Wide<T>;

@@ -43,7 +43,7 @@ __device__ __forceinline__ Wide<T> dot_part(const T* a, const T* b, int length) 
 }
 
 template <class T, int count>
-__global__ void __launch_bounds__(kFewWarps* kWarp, sizeof(T) < 8 ? 4 : 1)
+__global__ void __launch_bounds__(kFewWarps* kWarp, 1)
     few_up_kernel(const T* __restrict__ x, const T* __restrict__ w_in,
                   const int* __restrict__ experts, T* __restrict__ pre, T* __restrict__ h,
                   int* __restrict__ order, int* __restrict__ position, int* __restrict__ offsets,
