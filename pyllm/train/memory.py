@@ -170,7 +170,7 @@ def _update_peak(config: ModelConfig, kind: str, dtype: torch.dtype) -> MemoryEs
                 ledger.charge("optimizer", tensor.numel() * tensor.element_size())
         ledger.record()
         if kind == "muon":
-            for optimizer in make_optimizers(model, TrainConfig(optimizer=kind), dtype):
+            for optimizer in make_optimizers(model, TrainConfig(optimizer="muon"), dtype):
                 if isinstance(optimizer, Muon):
                     optimizer.make_state()
                     for state in optimizer.state.values():

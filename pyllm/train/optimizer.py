@@ -37,7 +37,8 @@ def split_parameters(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Para
     Weight decay falls on the latter only (decaying a router towards zero undoes its choices), and
     only they go by another rule than AdamW.
     """
-    plain, matrices = [], []
+    plain: list[nn.Parameter] = []
+    matrices: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         inside = name.startswith("blocks.") and parameter.dim() >= 2
         (matrices if inside and not name.endswith("router") else plain).append(parameter)
