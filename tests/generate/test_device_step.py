@@ -423,6 +423,10 @@ def test_another_default_dtype_changes_nothing(ahead: None) -> None:
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)
     try:
-        assert write(Session(model, 2), RAGGED[:2], WAYS["sorted"]) == expected
+        one = Session(model, 2)
+        assert write(one, RAGGED[:2], WAYS["sorted"]) == expected
+        assert one._ahead is not None
+        uniform_BC = one._ahead.step.uniform_BC
+        assert not torch.equal(uniform_BC, uniform_BC.bfloat16().float())
     finally:
         torch.set_default_dtype(before)
