@@ -62,7 +62,7 @@ class DeviceStep:
         """What the host reads: tokens, ``ENDED`` or ``DAMAGED``."""
         self.seen_BV = torch.zeros(rows, n_words, dtype=torch.bool, device=device)
         self.stops_V = torch.zeros(n_words, dtype=torch.bool, device=device)
-        self.uniform_BC = torch.zeros(rows, UNIFORM, device=device)
+        self.uniform_BC = torch.zeros(rows, UNIFORM, dtype=torch.float32, device=device)
         self.column_1 = torch.zeros(1, dtype=torch.int64, device=device)
         """Of the uniform numbers, the next."""
         self.settings = DeviceSettings.on(device)
@@ -113,8 +113,10 @@ class DeviceStep:
     def refill(self) -> None:
         """Before each drawing: have new uniform numbers ready where the last ones are used up."""
         if self._way != "greedy" and self._n_drawn % UNIFORM == 0:
-            uniform = [torch.rand(UNIFORM, generator=own) for own in self._generators]
-            self.uniform_BC.copy_(torch.stack(uniform))
+            draws = [
+                torch.rand(UNIFORM, generator=own, dtype=torch.float32) for own in self._generators
+            ]
+            self.uniform_BC.copy_(torch.stack(draws))
             self.column_1.zero_()
         self._n_drawn += 1
 

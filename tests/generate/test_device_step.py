@@ -414,3 +414,19 @@ def test_a_session_goes_with_its_last_reference(ahead: None) -> None:
         assert last() is None
     finally:
         gc.enable()
+
+
+def test_another_default_dtype_changes_nothing(ahead: None) -> None:
+    """Uniform numbers of 8 bits would leave most words of a tail out."""
+    model = make_model(CONFIG)
+    expected = write(Session(model, 2), RAGGED[:2], WAYS["sorted"])
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        one = Session(model, 2)
+        assert write(one, RAGGED[:2], WAYS["sorted"]) == expected
+        assert one._ahead is not None
+        uniform_BC = one._ahead.step.uniform_BC
+        assert not torch.equal(uniform_BC, uniform_BC.bfloat16().float())
+    finally:
+        torch.set_default_dtype(before)
