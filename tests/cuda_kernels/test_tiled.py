@@ -43,13 +43,16 @@ def test_pairs_of_halfs_that_overflow_are_computed_once_more() -> None:
 
     w_in = (300 * signs).repeat(1, 16, 1)
     w_in[:, :, 0] = 303  # 300 * 3 is left
-    inputs = (torch.full((9, 96), 300.0), w_in, torch.zeros(1, 96, 8))
-    inputs = (*(value.half() for value in inputs), weights, experts)
-    pre = torch.ops.pyllm.moe_ffn_forward(*inputs, "swiglu", "cuda")[1]
+    x, w_in, w_out = (
+        value.half() for value in (torch.full((9, 96), 300.0), w_in, torch.zeros(1, 96, 8))
+    )
+    forward = torch.ops.pyllm.moe_ffn_forward
+    pre = forward(x, w_in, w_out, weights, experts, "swiglu", "cuda")[1]
     assert (pre == 900).all()
 
-    inputs = (torch.full((9, 1), 10.0), torch.full((1, 96, 1), 30.0), (300 * signs).view(1, 1, 96))
-    y = moe_ffn(*(value.half() for value in inputs), weights, experts, "gelu", face="cuda")
+    x, w_in = torch.full((9, 1), 10.0).half(), torch.full((1, 96, 1), 30.0).half()
+    w_out = (300 * signs).view(1, 1, 96).half()
+    y = moe_ffn(x, w_in, w_out, weights, experts, "gelu", face="cuda")
     assert (y == 0).all()
 
 
@@ -119,4 +122,5 @@ def test_far_more_experts_than_rows() -> None:
 
 @pytest.mark.parametrize("op", TILED)
 def test_the_face_is_there(op: str) -> None:
-    assert "cuda" in available_faces(op) and cuda_extension().ON_CPU
+    native = cuda_extension()
+    assert "cuda" in available_faces(op) and native is not None and native.ON_CPU
