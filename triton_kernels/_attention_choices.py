@@ -58,7 +58,7 @@ _NARROW = {
 _RAGGED = {
     "forward_kernel": Choice(64, 64, 8, 2),
     "dq_kernel": Choice(64, 32, 8, 2),
-    "dk_dv_kernel": Choice(64, 64, 8, 2),
+    "dk_dv_kernel": Choice(32, 64, 8, 2),
 }
 """Up to 128 channels: where they fill no tile, the masks take the registers of larger ones."""
 _WIDE = {64: Choice(32, 32, 4, 1), 128: Choice(32, 32, 8, 1), 256: Choice(16, 16, 4, 1)}
