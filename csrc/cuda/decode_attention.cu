@@ -94,8 +94,8 @@ __global__ void __launch_bounds__(kBlock, 1)
   PYLLM_DYNAMIC_SHARED(W, rows);  // (kRows, width): queries, at the end the sums of values
   PYLLM_SHARED(Tile<W>, tile, [1]);
   const int thread = static_cast<int>(threadIdx.x);
-  const std::int64_t chunk = blockIdx.x, b = blockIdx.y / shape.groups;
-  const std::int64_t group = blockIdx.y % shape.groups;
+  const std::int64_t chunk = blockIdx.y, b = blockIdx.x / shape.groups;
+  const std::int64_t group = blockIdx.x % shape.groups;
   const std::int64_t all_rows = shape.n_tokens * shape.per_group;
   const std::int64_t first_row = std::int64_t{blockIdx.z} * kRows;
   const int n_rows = static_cast<int>(all_rows - first_row < kRows ? all_rows - first_row : kRows);
@@ -268,7 +268,7 @@ __global__ void __launch_bounds__(kBlock, 1)
     }
     __syncthreads();
   }
-  const std::int64_t out = (blockIdx.y * shape.n_chunks + chunk) * all_rows + first_row;
+  const std::int64_t out = (blockIdx.x * shape.n_chunks + chunk) * all_rows + first_row;
   for (int i = thread; i < n_rows * width; i += kBlock) partial_y[out * width + i] = rows[i];
   if (thread < n_rows) {
     partial_largest[out + thread] = tile->largest[thread];
@@ -323,7 +323,7 @@ void run(const void* q, const void* k_cache, const void* v_cache, const void* k_
          const Shape& shape, Stream stream) {
   using W = Wide<T>;
   const std::int64_t all_rows = shape.n_tokens * shape.per_group;
-  const Grid grid{shape.n_chunks, batch * shape.groups, blocks_for(all_rows, kRows)};
+  const Grid grid{batch * shape.groups, shape.n_chunks, blocks_for(all_rows, kRows)};
   const std::size_t bytes = sizeof(W) * kRows * shape.width;
   launch("decode_attention", chunk_kernel<T, C, count>, grid, kBlock, bytes, stream,
          static_cast<const T*>(q), static_cast<const C*>(k_cache), static_cast<const C*>(v_cache),

@@ -17,6 +17,7 @@ namespace {
 constexpr int kWarps = 4;              // outputs of a block, a warp for each
 constexpr int kRowsAtOnce = 8;         // rows that share a read of the weights
 constexpr int kFewRows = 32;           // above that, tiles
+constexpr int kAhead = 4;              // loads of weights before the first of them is multiplied
 constexpr int kStep = 16;              // numbers of int8 in 16 bytes
 constexpr int kTile = 64;              // rows, outputs, and numbers of a step of a tile
 constexpr int kTileBlock = 256;        // threads, each of 4 rows and 4 outputs
@@ -68,28 +69,53 @@ __device__ __forceinline__ T scaled(int sum, float scale, Wide<T> weight_scale) 
   return narrow<T>(static_cast<Wide<T>>(sum) * (static_cast<Wide<T>>(scale) * weight_scale));
 }
 
-template <class T, bool whole>
+// The products of 16 weights with as many numbers of each row.
+template <int n_rows>
+__device__ __forceinline__ void add_products(const signed char* q, std::int64_t rows,
+                                             std::int64_t pitch, int4 weights,
+                                             int (&sums)[n_rows]) {
+#pragma unroll
+  for (int r = 0; r < n_rows; ++r) {
+    if (n_rows > 1 && r >= rows) break;
+    const auto* const at = reinterpret_cast<const int4*>(q + r * pitch);
+    sums[r] = dot16(load_pack<1>(at).values[0], weights, sums[r]);
+  }
+}
+
+// Up to n_rows rows, one output for each warp. Loads of weights are kAhead deep: one row is bound
+// by how many bytes are on their way.
+template <class T, bool whole, int n_rows>
 __global__ void __launch_bounds__(kWarps* kWarp, 1)
     few_rows_kernel(const signed char* __restrict__ q, const float* __restrict__ scales,
                     const signed char* __restrict__ weight,
                     const Wide<T>* __restrict__ weight_scale, T* __restrict__ y, std::int64_t rows,
                     std::int64_t features, std::int64_t width, std::int64_t pitch) {
+  constexpr std::int64_t kWarpStep = kWarp * kStep;
   const std::int64_t feature = row_of_thread();
   if (feature >= features) return;  // with the whole warp
-  const std::int64_t first_row = std::int64_t{blockIdx.y} * kRowsAtOnce;
-  int sums[kRowsAtOnce] = {};
-  for (std::int64_t i = threadIdx.x * kStep; i < width; i += kWarp * kStep) {
-    const int4 weights = load_weights<whole>(weight + feature * width, i, width);
+  const std::int64_t first_row = std::int64_t{blockIdx.y} * n_rows;
+  weight += feature * width;
+  q += first_row * pitch;
+  rows -= first_row;
+  int sums[n_rows] = {};
+  std::int64_t i = threadIdx.x * kStep;
+  for (; i + (kAhead - 1) * kWarpStep < width; i += kAhead * kWarpStep) {
+    int4 weights[kAhead];
 #pragma unroll
-    for (int r = 0; r < kRowsAtOnce; ++r) {
-      if (first_row + r >= rows) break;
-      const auto* const at = reinterpret_cast<const int4*>(q + (first_row + r) * pitch + i);
-      sums[r] = dot16(load_pack<1>(at).values[0], weights, sums[r]);
+    for (int k = 0; k < kAhead; ++k) {
+      weights[k] = load_weights<whole>(weight, i + k * kWarpStep, width);
+    }
+#pragma unroll
+    for (int k = 0; k < kAhead; ++k) {
+      add_products(q + i + k * kWarpStep, rows, pitch, weights[k], sums);
     }
   }
+  for (; i < width; i += kWarpStep) {
+    add_products(q + i, rows, pitch, load_weights<whole>(weight, i, width), sums);
+  }
 #pragma unroll
-  for (int r = 0; r < kRowsAtOnce; ++r) {
-    if (first_row + r >= rows) break;
+  for (int r = 0; r < n_rows; ++r) {
+    if (r >= rows) break;
     const int sum = warp_sum(sums[r]);
     if (threadIdx.x == 0) {
       y[(first_row + r) * features + feature] =
@@ -215,10 +241,12 @@ void int8_matmul(DType dtype, const void* q, const void* scales, const void* wei
                static_cast<const Wide<T>*>(weight_scale), static_cast<T*>(y), rows, features, width,
                pitch);
       };
+      const std::int64_t blocks = blocks_for(features, kWarps);
+      const dim3 warps(kWarp, kWarps);
+      if (rows == 1) return call(few_rows_kernel<T, whole.kValue, 1>, {blocks}, warps);
       if (rows <= kFewRows) {
-        return call(few_rows_kernel<T, whole.kValue>,
-                    {blocks_for(features, kWarps), blocks_for(rows, kRowsAtOnce)},
-                    dim3(kWarp, kWarps));
+        return call(few_rows_kernel<T, whole.kValue, kRowsAtOnce>,
+                    {blocks, blocks_for(rows, kRowsAtOnce)}, warps);
       }
       call(tile_kernel<T, whole.kValue>, {blocks_for(features, kTile), blocks_for(rows, kTile)},
            kTileBlock);
