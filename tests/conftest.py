@@ -50,6 +50,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         metavar="N",
         help="inputs that hypothesis generates for each property (default 100)",
     )
+    parser.addoption(
+        "--all-cards",
+        action="store_true",
+        help="compile GPU kernels for every card in every dtype, not each of them once",
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
