@@ -240,8 +240,6 @@ RANGES = [
     ("benchmarks/tokenizer", ["--merges", 0], "--merges must be a whole number from 1 to"),
     ("benchmarks/tokenizer", ["--runs", -1], "--runs must be a whole number from 1 to 1,000, got"),
     ("benchmarks/gpu", ["--minutes", -1], "--minutes must be at least 0, got -1.0"),
-    ("benchmarks/train_memory", ["--batch-sizes", 1, 0], "each of --batch-sizes must be a whole"),
-    ("plan_memory", ["--vram", "4"], "--vram must be a size such as 4GiB, 4.3GB or 4096MiB, got"),
     ("benchmarks/gpu", ["--memory-gib", 0], "--memory-gib must be above 0, got 0.0"),
 ]
 PLACES = [

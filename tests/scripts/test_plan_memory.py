@@ -97,6 +97,8 @@ def test_other_mistakes(refusal: Refusal) -> None:
     line = refusal("plan_memory", "--seq-len", 4096)
     assert "--seq-len must be at most the context of moe-158m, 1024, got 4096" in line
     assert "--sequences" in refusal("plan_memory", "--sequences", -1)
+    line = refusal("benchmarks/train_memory", "--batch-sizes", 1, 0)
+    assert "each of --batch-sizes must be a whole number from 1" in line
 
 
 def test_sizes_are_read() -> None:
