@@ -117,6 +117,11 @@ def _blocks(n_experts: int) -> tuple[int, int]:
     return max(min(ENTRIES // columns, 512), 1), columns
 
 
+def _scan_block(block: int) -> int:
+    """Of how many blocks the counts are summed at once: of fewer than others hold, or it spills."""
+    return max(block // 8, 1)
+
+
 def sort_by_expert(experts_NA: Tensor, n_experts: int) -> tuple[Tensor, Tensor, Tensor]:
     """Return ``(order_R, position_NA, offsets_E1)``, all int32, as the reference's sort does."""
     if n_experts > MOST_EXPERTS:
@@ -132,7 +137,8 @@ def sort_by_expert(experts_NA: Tensor, n_experts: int) -> tuple[Tensor, Tensor, 
     shape = {"BLOCK": block, "BLOCK_E": block_e, **CARD_OPTIONS}
     if n_slots:
         count_kernel[(n_blocks,)](experts_R, counts, n_slots, **shape)
-    scan_kernel[(1,)](counts, offsets_E1, n_blocks, n_experts, **shape)
+    scan = {**shape, "BLOCK": _scan_block(block)}
+    scan_kernel[(1,)](counts, offsets_E1, n_blocks, n_experts, **scan)
     if n_slots:
         place_kernel[(n_blocks,)](
             experts_R, counts, offsets_E1, order_R, position_R, n_slots, n_experts, **shape
@@ -184,7 +190,7 @@ def variants() -> Iterator[Variant]:
         shape = {"BLOCK": block, "BLOCK_E": block_e}
         for kernel, extra in (
             (count_kernel, {}),
-            (scan_kernel, {}),
+            (scan_kernel, {"BLOCK": _scan_block(block)}),
             (place_kernel, {}),
             (tile_kernel, {"ROWS": 128}),
         ):
