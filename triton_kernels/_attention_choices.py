@@ -69,7 +69,8 @@ def choices(kernel: str, block_k: int, whole: bool, wide: bool) -> tuple[Choice,
     """Of ``kernel`` at a head padded to ``block_k``, which it fills if ``whole``; ``wide`` is
     float32. The first is the choice for what is too small to be timed."""
     if wide:
-        return (_WIDE[max(block_k, 64)],)
+        # With masks for the channels, the tiles of 128 spill on sm_80.
+        return (_WIDE[max(block_k, 64) if whole or block_k != 128 else 256],)
     if not whole and block_k <= 128:
         return (_RAGGED[kernel],)
     return _NARROW[kernel][max(block_k, 32)]
