@@ -35,6 +35,12 @@ from pyllm.triton_kernels._attention_blocks import (
 )
 from pyllm.triton_kernels._attention_choices import Choice, choices
 from pyllm.triton_kernels._attention_gradients import delta_kernel, dk_dv_kernel, dq_kernel
+from pyllm.triton_kernels._tuning import (
+    CARD_OPTIONS,
+    INTERPRETED,
+    on_its_card,
+    shared_memory,
+)
 from pyllm.triton_kernels._variants import Variant
 from torch import Tensor
 
@@ -49,7 +55,6 @@ DELTA_ROWS = 64
 WORTH_TIMING = 2**24
 """Pairs of a query and a key, over all heads, from which the choices are timed: about 0.1 ms."""
 
-INTERPRETED = triton.knobs.runtime.interpret
 INTERPRETED_BLOCKS = {"BLOCK_M": 16, "BLOCK_N": 16}
 """So small that the few tokens of a test fill several."""
 
@@ -275,9 +280,8 @@ def _strides(**tensors: Tensor) -> dict[str, int]:
 @cache
 def _fitting(kernel: Any, block_k: int, whole: bool, wide: bool, device: int) -> tuple[Choice, ...]:
     """The choices that fit the card."""
-    limit = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
     found = choices(kernel.__name__, block_k, whole, wide)
-    return tuple(one for one in found if one.shared <= limit)
+    return tuple(one for one in found if one.shared <= shared_memory(device))
 
 
 @cache
@@ -306,9 +310,9 @@ def _launch(kernel: Any, rows: int, by: str, heads: int, arguments: dict[str, An
 
     if INTERPRETED:
         arguments = {**arguments, **INTERPRETED_BLOCKS, "UPCAST": q.dtype == torch.bfloat16}
-        kernel[grid](**arguments)
+        kernel[grid](**arguments, **CARD_OPTIONS)
         return
-    arguments = {**arguments, "UPCAST": False, "enable_fp_fusion": True}
+    arguments = {**arguments, "UPCAST": False, **CARD_OPTIONS}
     found = _fitting(kernel, block_k, whole, q.dtype == torch.float32, q.device.index)
     pairs = arguments["n_queries"] * arguments["n_keys"] * q.shape[0] * q.shape[2]
     situation = (kernel, q.device.index, q.dtype, block_k, whole, arguments["situation"])
@@ -324,6 +328,7 @@ def _launch(kernel: Any, rows: int, by: str, heads: int, arguments: dict[str, An
     _timed.add(situation)
 
 
+@on_its_card
 def attention_forward(
     q_BTHK: Tensor,
     k_BSGK: Tensor,
@@ -359,11 +364,11 @@ def attention_forward(
         **_sizes(q),
         **_sight(q, k, causal, window, sinks),
     }
-    with torch.cuda.device_of(q):
-        _launch(forward_kernel, n_queries, "BLOCK_M", batch * n_heads, arguments)
+    _launch(forward_kernel, n_queries, "BLOCK_M", batch * n_heads, arguments)
     return y_BTHK, lse_BHT
 
 
+@on_its_card
 def attention_backward(
     dy_BTHK: Tensor,
     q_BTHK: Tensor,
@@ -407,25 +412,25 @@ def attention_backward(
         **_sizes(q),
         **_sight(q, k, causal, window, sinks),
     }
-    with torch.cuda.device_of(q):
-        delta_kernel[(batch * n_heads * triton.cdiv(n_queries, DELTA_ROWS),)](
-            dy,
-            y,
-            lse_BHT,
-            delta_BHT,
-            base_BHT,
-            *dy.stride()[:3],
-            *y.stride()[:3],
-            scale,
-            n_queries,
-            n_heads,
-            **_sizes(q),
-            BLOCK_M=DELTA_ROWS,
-        )
-        to_dq = {**arguments, "dq_ptr": dq_BTHK, "n_heads": n_heads}
-        _launch(dq_kernel, n_queries, "BLOCK_M", batch * n_heads, to_dq)
-        to_dk_dv = {**arguments, "dk_ptr": dk_BSGK, "dv_ptr": dv_BSGK, "n_groups": n_groups}
-        _launch(dk_dv_kernel, n_keys, "BLOCK_N", batch * n_groups, to_dk_dv)
+    delta_kernel[(batch * n_heads * triton.cdiv(n_queries, DELTA_ROWS),)](
+        dy,
+        y,
+        lse_BHT,
+        delta_BHT,
+        base_BHT,
+        *dy.stride()[:3],
+        *y.stride()[:3],
+        scale,
+        n_queries,
+        n_heads,
+        **_sizes(q),
+        BLOCK_M=DELTA_ROWS,
+        **CARD_OPTIONS,
+    )
+    to_dq = {**arguments, "dq_ptr": dq_BTHK, "n_heads": n_heads}
+    _launch(dq_kernel, n_queries, "BLOCK_M", batch * n_heads, to_dq)
+    to_dk_dv = {**arguments, "dk_ptr": dk_BSGK, "dv_ptr": dv_BSGK, "n_groups": n_groups}
+    _launch(dk_dv_kernel, n_keys, "BLOCK_N", batch * n_groups, to_dk_dv)
     return dq_BTHK, dk_BSGK, dv_BSGK
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from pyllm.triton_kernels._tuning import CARD_OPTIONS
+from pyllm.triton_kernels._tuning import CARD_OPTIONS, on_its_card
 from pyllm.triton_kernels._variants import Variant
 from torch import Tensor
 
@@ -147,6 +147,7 @@ def _check_width(width: int) -> None:
         raise ValueError(f"rms_norm: triton serves rows up to {LONGEST_ROW}, got {width}")
 
 
+@on_its_card
 def rms_norm_forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """See :func:`pyllm.reference.rms_norm.rms_norm_forward`."""
     _check_width(x.shape[-1])
@@ -162,6 +163,7 @@ def rms_norm_forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Ten
     return y, rstd
 
 
+@on_its_card
 def rms_norm_backward(dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
     """See :func:`pyllm.reference.rms_norm.rms_norm_backward`."""
     width, rows = x.shape[-1], rstd.numel()

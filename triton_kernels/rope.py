@@ -13,6 +13,7 @@ from collections.abc import Iterator
 import torch
 import triton
 import triton.language as tl
+from pyllm.triton_kernels._tuning import CARD_OPTIONS, on_its_card
 from pyllm.triton_kernels._variants import Variant
 from torch import Tensor
 
@@ -87,6 +88,7 @@ def tile(n_heads: int, half: int) -> dict[str, int]:
     }
 
 
+@on_its_card
 def _turn(x_BTHK: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> Tensor:
     batch, n_tokens, n_heads, width = x_BTHK.shape
     half = width // 2
@@ -103,21 +105,21 @@ def _turn(x_BTHK: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> Tensor:
         * (n_heads // blocks["HEADS"])
         * triton.cdiv(half, blocks["BLOCK"])
     )
-    with torch.cuda.device_of(x):
-        turn_kernel[(programs,)](
-            x,
-            cos,
-            sin,
-            y_BTHK,
-            *x.stride()[:3],
-            n_tokens * half if cos.dim() == 3 else 0,
-            n_tokens,
-            n_heads,
-            half,
-            INVERSE=inverse,
-            DOUBLE=x.dtype == torch.float64,
-            **blocks,
-        )
+    turn_kernel[(programs,)](
+        x,
+        cos,
+        sin,
+        y_BTHK,
+        *x.stride()[:3],
+        n_tokens * half if cos.dim() == 3 else 0,
+        n_tokens,
+        n_heads,
+        half,
+        INVERSE=inverse,
+        DOUBLE=x.dtype == torch.float64,
+        **blocks,
+        **CARD_OPTIONS,
+    )
     return y_BTHK
 
 

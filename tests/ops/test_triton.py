@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from pyllm.ops import available_faces
-from pyllm.testing import OPERATIONS
+from pyllm.ops._registry import face_module
+from pyllm.testing import OPERATIONS, check_face
 
 pytest.importorskip("triton", reason="triton is not installed")
 
@@ -53,3 +55,25 @@ def test_every_configuration_fits_the_cards(
     kernels = {row["kernel"] for row in rows}
     chosen = {(row["kernel"], row["capability"]) for row in rows if row["chosen"]}
     assert chosen == {(kernel, capability) for kernel in kernels for capability in cards}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="listens to Triton's interpreter")
+@pytest.mark.parametrize("op", [op for op in OPERATIONS if "triton" in available_faces(op)])
+def test_every_launch_says_how_to_multiply_and_add(
+    op: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Triton 3.9 warns where ``enable_fp_fusion`` is left to it, and 3.10 changes what it does."""
+    from triton.runtime import interpreter
+
+    launches: list[bool] = []
+    launch = interpreter.GridExecutor.__call__
+
+    def listen(self: Any, *arguments: Any, **named: Any) -> None:
+        launches.append(named.get("enable_fp_fusion") is True)
+        launch(self, *arguments, **named)
+
+    monkeypatch.setattr(interpreter.GridExecutor, "__call__", listen)
+    case = OPERATIONS[op].case(OPERATIONS[op].tiny)
+    check_face(case, face_module(op, "triton"), torch.float32)
+    assert len(launches) >= 2
+    assert all(launches)
