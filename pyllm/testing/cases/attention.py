@@ -231,7 +231,7 @@ ATTENTION = Operation(
         },
         {"T": 9, "past": 3, "B": 2, "G": 1, "J": 3, "K": 12, "window": 0, "causal": False},
         {"T": 5, "past": 2, "B": 1, "G": 1, "J": 1, "K": 8, "window": 1, "causal": False},
-        {"T": 3, "past": 1100, "B": 1, "G": 1, "J": 1, "K": 4, "window": 0, "causal": True},
+        {"T": 3, "past": 600, "B": 1, "G": 1, "J": 1, "K": 4, "window": 0, "causal": True},
         # Nothing to see: no keys at all, and queries before the first key.
         {"T": 0, "past": 0, "B": 1, "G": 1, "J": 2, "K": 8, "window": 0, "causal": True},
         {"T": 3, "past": -3, "B": 1, "G": 1, "J": 2, "K": 8, "window": 0, "causal": False},
