@@ -88,9 +88,8 @@ def test_moe_tiny_reaches_every_expert_and_balances_them(
         if coefficient:
             assert len(reached) == 3 * trainer.model.config.n_layers
             for name, counts in reached.items():
-                assert counts.shape == (8,) and counts.min() > steps // 4, (
-                    f"{name}: {counts.tolist()}"
-                )
+                assert counts.shape == (8,), name
+                assert counts.min() > steps // 2, f"{name}: {counts.tolist()} of {steps} steps"
         loads[coefficient] = sum(ratios[steps // 2 :])
     with_loss, without = loads.values()
     assert with_loss < 0.9 * without
