@@ -28,8 +28,8 @@ SHOWN_LINES, SHOWN_COLUMNS, SHOWN_NAMES = 20, 160, 10
 
 # What runs no C++ kernel, or starts a Python of its own whose output nobody would see.
 EVERYTHING = (
-    "not reference and not torch and not triton and not mutant and not compile and not inductor "
-    "and not fake and not opcheck and not test_faces"
+    "not reference and not [torch- and not [torch] and not -torch- and not triton and not mutant "
+    "and not compile and not inductor and not fake and not opcheck and not test_faces"
 )
 # For ThreadSanitizer, under which they take longest: small cases share their work as well.
 WITHOUT_LIFE_SIZE = f"{EVERYTHING} and not test_life_size"

@@ -102,14 +102,14 @@ def watchdog(request: pytest.FixtureRequest) -> Iterator[Callable[[], None]]:
 @pytest.hookimpl(trylast=True)  # of what -k and -m leave
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Skip what is marked `gpu` where there is none, and say so; thin out the cases."""
-    seen: Counter[str] = Counter()
-    kept: tuple[list[pytest.Item], list[pytest.Item]] = [], []
-    for item in items:
-        test = item.nodeid.partition("[")[0]
-        kept[seen[test] % config.getoption("--every") > 0].append(item)
-        seen[test] += 1
-    items[:], left_out = kept
-    if left_out:
+    if (every := config.getoption("--every")) > 1:
+        seen: Counter[str] = Counter()
+        kept: tuple[list[pytest.Item], list[pytest.Item]] = [], []
+        for item in items:
+            test = item.nodeid.partition("[")[0]
+            kept[seen[test] % every > 0].append(item)
+            seen[test] += 1
+        items[:], left_out = kept
         config.hook.pytest_deselected(items=left_out)
     if torch.cuda.is_available():
         return
