@@ -156,6 +156,15 @@ def test_many_tiles_are_sorted() -> None:
         assert torch.equal(have, want)
 
 
+def test_many_experts_are_sorted() -> None:
+    """More counts than the scan adds up at once."""
+    experts = torch.randint(2500, (40, 1), generator=torch.Generator().manual_seed(0))
+    got = _routing.sort_by_expert(experts, 2500)
+    expected = face_module("moe_dispatch", "reference").sort_by_expert(experts, 2500)
+    for have, want in zip(got, expected, strict=True):
+        assert torch.equal(have, want)
+
+
 def test_no_experts_were_chosen() -> None:
     rows, order, position, offsets = moe_dispatch(
         torch.ones(0, 4), torch.ones(0, 2, dtype=torch.int32), 3, face="cuda"
