@@ -117,11 +117,16 @@ def _cuda_runs_nowhere() -> bool:
     """Warns once, where that is so: calls would end in errors that another face does not have."""
     if not torch.cuda.is_available():
         return False
-    obstacles = [_cuda_obstacle(index) for index in range(torch.cuda.device_count())]
-    if None in obstacles:
-        return False
+    # The current card first, and others only if need be: one that is asked gets a context, which is
+    # half a gigabyte of it.
+    current, obstacles = torch.cuda.current_device(), []
+    for index in sorted(range(torch.cuda.device_count()), key=lambda index: index != current):
+        obstacle = _cuda_obstacle(index)
+        if obstacle is None:
+            return False
+        obstacles.append(obstacle)
     warnings.warn(
-        f"the cuda face cannot be used: {'; '.join(map(str, obstacles))}. Update the driver, or "
+        f"the cuda face cannot be used: {'; '.join(obstacles)}. Update the driver, or "
         "install pyllm again on this machine (`pip install -e .`)",
         UserWarning,
         stacklevel=2,

@@ -6,11 +6,11 @@
 // other. Shared memory is NaN (integers: -1) when a block begins. What ends in undefined
 // behaviour on a card is an exception here: a barrier that some threads never reach, a collective
 // that lanes of its mask do not take part in, a lane read from outside of the mask, a misaligned
-// vector, more shared memory than a block has.
+// vector, more shared memory than a block has, a launch that a card refuses.
 //
 // set_order() changes in which order threads and blocks run: with a barrier missing, results change
-// with it. What this cannot show: races that need two threads at the same instant, weak memory
-// order, contracted products (fma) and approximate functions of the hardware, speed.
+// with it, in most cases; cuda_races.cpp sees the others. What this cannot show: contracted
+// products (fma) and approximate functions of the hardware, speed.
 #pragma once
 
 #include <sys/mman.h>

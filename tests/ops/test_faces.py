@@ -183,6 +183,7 @@ def test_a_driver_that_is_too_old_leaves_the_other_faces(monkeypatch: pytest.Mon
     monkeypatch.setattr(_registry, "face_module", lambda op, face: SimpleNamespace())
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device", device)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
 
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.warns(UserWarning, match="cannot be used: cuda:0: CUDA driver version is insuffi"):
@@ -191,6 +192,10 @@ def test_a_driver_that_is_too_old_leaves_the_other_faces(monkeypatch: pytest.Mon
 
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert _registry._serves("rms_norm", "cuda", "cuda")
+    entered.clear()
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    assert _registry._serves("rms_norm", "cuda", "cuda")
+    assert entered == [1], "the other card got a context"
     for index, expected in ((0, f"cuda:0: {reasons[0]}"), (1, None)):
         card = torch.device("cuda", index)
         monkeypatch.setattr(_registry, "_device_of", lambda values, card=card: card)
