@@ -9,6 +9,15 @@
 
 #include "cuda/kernels.h"
 
+#ifdef PYLLM_CUDA_RACES  // tests/cuda_kernels/cuda_races.cpp
+#include <pybind11/stl.h>
+
+#include <utility>
+#include <vector>
+
+void watch_tensors(std::vector<std::pair<std::uintptr_t, std::size_t>> tensors);
+#endif
+
 namespace py = pybind11;
 
 namespace {
@@ -72,9 +81,14 @@ PYBIND11_MODULE(_cuda, module) {
 #ifdef PYLLM_CUDA_ON_CPU
   module.attr("ON_CPU") = true;
   module.def("set_order", [](unsigned order) { cuda_on_cpu::machine.set_order(order); });
+#ifdef PYLLM_CUDA_RACES
+  module.def("watch_tensors", &watch_tensors);
+#endif
 #else
   module.attr("ON_CPU") = false;
 #endif
+
+  module.def("obstacle", &pyllm::cuda::obstacle, py::call_guard<py::gil_scoped_release>());
 
   PYLLM_DEFINE(rms_norm_forward);
   PYLLM_DEFINE(rms_norm_backward);

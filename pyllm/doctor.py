@@ -198,7 +198,8 @@ def _cuda_kernels() -> list[Finding]:
     extension = cuda_extension()
     if extension is not None:
         where = "compiled for the CPU, for tests" if extension.ON_CPU else "pyllm._cuda is built"
-        return [Finding("CUDA kernels", where)]
+        obstacle = "" if extension.ON_CPU else extension.obstacle()
+        return [Finding("CUDA kernels", where + (f", but: {obstacle}" if obstacle else ""))]
     remedy = "with nvcc on PATH: `pip install -e .`; where there is no card, PYLLM_CUDA=1 before it"
     found = [Finding("CUDA kernels", f"missing: {cuda_missing_reason()}", remedy)]
     output = cuda_build_output()

@@ -175,8 +175,8 @@ def pytest_testnodedown(node: Any) -> None:
 NOT_SHOWN_WITHOUT_A_CARD = (
     "Triton's interpreter: races, masked loads without a value (0 here, anything there), TF32",
     "Triton's and nvcc's compilers alone: that the code runs, and what it computes",
-    "CUDA C++ on the CPU: races of two instants, weak memory order, contracted products, exp and "
-    "rsqrt as the card has them, addresses outside of a tensor, the launch itself and its streams",
+    "CUDA C++ on the CPU: contracted products, exp and rsqrt as the card has them, the launch "
+    "itself and its streams; without -m slow, races and addresses outside of a tensor",
     "either: speed, the memory that a card needs, CUDA graphs",
 )
 

@@ -24,6 +24,7 @@ constexpr int kTile = 64;        // keys whose scores are kept at a time
 constexpr int kKeyLanes = 8;     // threads that multiply one key
 constexpr int kMostGroups = 16;  // of threads that add values of other keys
 constexpr int kMostWidth = 512;  // of a head
+constexpr int kLargestPosition = 2147483647;
 
 struct Strides {
   std::int64_t batch, slot, head;
@@ -58,7 +59,7 @@ struct Seen {
 __device__ __forceinline__ bool is_valid(const Shape& shape, int start, int count) {
   const std::int64_t end = std::int64_t{start} + count;
   return start >= 0 && count >= 0 && count <= shape.n_tokens &&
-         (shape.ring > 0 || end <= shape.n_slots);
+         end <= (shape.ring > 0 ? std::int64_t{kLargestPosition} : shape.n_slots);
 }
 
 // A query does not see a key.
@@ -203,6 +204,7 @@ __global__ void __launch_bounds__(kBlock, 1)
         tile->weights[r][key] = sees[part] ? weight : hidden<W>();
       }
       sum = warp_sum(sum);
+      __syncwarp();  // all have read the largest so far: shuffles order no memory
       if (thread % kWarp == 0) {
         tile->factors[r] = exp(before - largest);
         tile->largest[r] = largest;

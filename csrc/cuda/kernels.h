@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <string>
 
 namespace pyllm::cuda {
 
@@ -13,6 +14,10 @@ enum class DType : int { float32, float64, bfloat16, float16 };
 struct Stream {
   void* handle;
 };
+
+// device.cu. Why no kernel can run on the device that is current: its driver is older than the
+// runtime, or they were compiled for other cards. Empty where they can.
+std::string obstacle();
 
 // rms_norm.cu. rstd and weight are in the type that sums are kept in; so is the scratch: means
 // (rows,) and partials (blocks, width), a block of the backward taking rows_per_block rows.

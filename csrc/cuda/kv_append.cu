@@ -13,6 +13,7 @@ namespace pyllm::cuda {
 namespace {
 
 constexpr int kHeadWarps = 4;  // heads of a block that makes them int8, a warp for each
+constexpr int kLargestPosition = 2147483647;
 
 struct Strides {
   std::int64_t batch, token, head;
@@ -26,7 +27,7 @@ struct Shape {
 // The slot of token t of row b; -1 where nothing is to be written.
 __device__ __forceinline__ std::int64_t slot_of(const Shape& shape, int start, int count,
                                                 std::int64_t t) {
-  if (start < 0 || t >= count) return -1;
+  if (start < 0 || t >= count || std::int64_t{start} + count > kLargestPosition) return -1;
   const std::int64_t position = start + t;
   std::int64_t slot = position;
   if (shape.ring > 0 && position >= shape.sinks) {

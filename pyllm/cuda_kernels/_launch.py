@@ -46,6 +46,14 @@ def ready(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     return tensor if tensor.data_ptr() % ALIGNMENT == 0 else tensor.clone()
 
 
+def _extent(tensor: Tensor) -> tuple[int, int]:
+    """Where a tensor lies, and the bytes there; of one that is not contiguous, its storage's."""
+    if tensor.is_contiguous():
+        return tensor.data_ptr(), tensor.nbytes
+    storage = tensor.untyped_storage()
+    return storage.data_ptr(), storage.nbytes()
+
+
 def launch(kernel: str, *arguments: Tensor | float | None) -> None:
     """Call a launcher of the extension on the device of its tensors and torch's current stream.
 
@@ -74,6 +82,8 @@ def launch(kernel: str, *arguments: Tensor | float | None) -> None:
     if device is None or device.type != expected:
         raise ValueError(f"{kernel}: tensors on {expected} were expected, got {device}")
     if native.ON_CPU:
+        if hasattr(native, "watch_tensors"):
+            native.watch_tensors([_extent(each) for each in arguments if isinstance(each, Tensor)])
         run(*values, 0)
         return
     with torch.cuda.device(device):

@@ -8,6 +8,8 @@ from pyllm.cuda_kernels._launch import dtype_code, launch, ready
 LEAST_TILE = 256
 """Choices that a warp sorts, at the least: eight rounds of its lanes."""
 MOST_TILES = 512
+LARGEST_INDEX = 2**31 - 1
+"""Of int32. No position is behind it: the kernels refuse a row of the batch that goes there."""
 
 
 def as_index(tensor: Tensor, limit: int) -> Tensor:

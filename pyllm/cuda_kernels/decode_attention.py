@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from pyllm.cuda_kernels._launch import dtype_code, launch, ready
+from pyllm.cuda_kernels._routing import LARGEST_INDEX, as_index
 from pyllm.reference._precision import accumulation_dtype
 
 WIDEST_HEAD = 512
@@ -63,8 +64,8 @@ def decode_attention_forward(
         *v_cache_BSGK.stride()[:3],
         k_scales_BSG,
         v_scales_BSG,
-        ready(starts_B, torch.int32),
-        ready(counts_B, torch.int32),
+        as_index(starts_B, LARGEST_INDEX),
+        as_index(counts_B, LARGEST_INDEX),
         scale,
         window,
         sinks,

@@ -4,10 +4,10 @@ A position out of range is no error here, which would mean to wait for the card:
 outside of the cache.
 """
 
-import torch
 from torch import Tensor
 
-from pyllm.cuda_kernels._launch import dtype_code, launch, ready
+from pyllm.cuda_kernels._launch import dtype_code, launch
+from pyllm.cuda_kernels._routing import LARGEST_INDEX, as_index
 
 
 def kv_append_forward(
@@ -39,8 +39,8 @@ def kv_append_forward(
         *k_BTGK.stride()[:3],
         v_BTGK,
         *v_BTGK.stride()[:3],
-        ready(starts_B, torch.int32),
-        ready(counts_B, torch.int32),
+        as_index(starts_B, LARGEST_INDEX),
+        as_index(counts_B, LARGEST_INDEX),
         sinks,
         n_slots - sinks if rolling else 0,
         batch,

@@ -101,6 +101,39 @@ def _best_capability() -> tuple[int, int] | None:
     return max(_capability(index) for index in range(torch.cuda.device_count()))
 
 
+@cache
+def _cuda_obstacle(index: int) -> str | None:
+    """Why the CUDA kernels do not run on a card: its driver, or what they were compiled for."""
+    native = cuda_extension()
+    if native is None or native.ON_CPU:
+        return None
+    with torch.cuda.device(index):
+        reason: str = native.obstacle()
+    return f"cuda:{index}: {reason}" if reason else None
+
+
+@cache
+def _cuda_runs_nowhere() -> bool:
+    """Warns once, where that is so: calls would end in errors that another face does not have."""
+    if not torch.cuda.is_available():
+        return False
+    # The current card first, and others only if need be: one that is asked gets a context, which is
+    # half a gigabyte of it.
+    current, obstacles = torch.cuda.current_device(), []
+    for index in sorted(range(torch.cuda.device_count()), key=lambda index: index != current):
+        obstacle = _cuda_obstacle(index)
+        if obstacle is None:
+            return False
+        obstacles.append(obstacle)
+    warnings.warn(
+        f"the cuda face cannot be used: {'; '.join(obstacles)}. Update the driver, or "
+        "install pyllm again on this machine (`pip install -e .`)",
+        UserWarning,
+        stacklevel=2,
+    )
+    return True
+
+
 def _serves(op: str, face: str, device_type: str) -> bool:
     devices = _devices_of(face)
     if devices is not None and device_type not in devices:
@@ -108,6 +141,8 @@ def _serves(op: str, face: str, device_type: str) -> bool:
     if device_type == "cuda" and face in _CAPABILITY_OF_FACE:
         best = _best_capability()
         if best is not None and best < _CAPABILITY_OF_FACE[face]:
+            return False
+        if face == "cuda" and _cuda_runs_nowhere():
             return False
     return face_module(op, face) is not None
 
@@ -299,6 +334,9 @@ def _obstacle(module: ModuleType, stage: str, face: str, values: list[Any]) -> s
         have, need = _capability(device.index), _CAPABILITY_OF_FACE[face]
         if have < need:
             return f"{device} has compute capability {have[0]}.{have[1]}, not {need[0]}.{need[1]}"
+        obstacle = _cuda_obstacle(device.index) if face == "cuda" else None
+        if obstacle is not None:
+            return obstacle
     unserved: Callable[..., str | None] | None = getattr(module, "unserved", None)
     return None if unserved is None else unserved(stage, *values)
 

@@ -5,6 +5,9 @@ The sources of ``csrc/cuda`` and its bindings are compiled by the C++ compiler a
 
     export PYLLM_CUDA_EXTENSION=$(python -m pyllm.testing.cuda_on_cpu)
 
+With ``--races`` an access to memory that races with another thread's is an exception as well:
+``tests/cuda_kernels/cuda_races.cpp`` says how. It takes ten times as long.
+
 Objects are kept in ``build/cuda_on_cpu`` by the hash of what goes into them: after a change only
 what it touches is compiled again. Needs the checkout, not the installed package.
 """
@@ -34,6 +37,8 @@ FLAGS = (
     "-include",
     "cuda_on_cpu.h",
 )
+WATCHED = ("-g1", "-fsanitize=thread", "--param=tsan-instrument-func-entry-exit=0")
+"""Flags of the kernels alone; what they call is in ``cuda_races.cpp``."""
 _INCLUDE = re.compile(r'^\s*#include "([^"]+)"', re.MULTILINE)
 
 
@@ -42,8 +47,10 @@ def compiler() -> str | None:
     return shutil.which(os.environ.get("CXX") or "c++") if sys.platform == "linux" else None
 
 
-def build(root: Path = ROOT) -> Path:
+def build(root: Path = ROOT, races: bool = False) -> Path:
     """The module of the checkout at ``root``, compiled where it is not there yet.
+
+    With ``races``, one that sees races between threads.
 
     Raises:
         RuntimeError: there is no compiler, or what it printed about the source.
@@ -54,16 +61,21 @@ def build(root: Path = ROOT) -> Path:
     import pybind11
 
     sources, header = root / "csrc", root / "tests" / "cuda_kernels" / "cuda_on_cpu.h"
-    folder = root / "build" / "cuda_on_cpu"
+    folder = root / "build" / ("cuda_races" if races else "cuda_on_cpu")
+    common = [*FLAGS, "-DPYLLM_CUDA_RACES"] if races else [*FLAGS]
+    hosts = [sources / "bindings_cuda.cpp"]
+    if races:
+        hosts.append(header.parent / "cuda_races.cpp")
     includes = [f"-I{sources}", f"-I{header.parent}"]
     python = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_paths()['include']}"]
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "lock", "w") as lock:  # the workers of pytest -n all come here
         fcntl.flock(lock, fcntl.LOCK_EX)
         commands, objects = [], []
-        for source in [*sorted((sources / "cuda").glob("*.cu")), sources / "bindings_cuda.cpp"]:
-            flags = [*FLAGS, *includes, *(python if source.suffix == ".cpp" else [])]
-            given = hashlib.sha256(" ".join([found, *FLAGS]).encode())
+        for source in [*sorted((sources / "cuda").glob("*.cu")), *hosts]:
+            own = python if source in hosts else WATCHED if races else ()
+            flags = [*common, *includes, *own]
+            given = hashlib.sha256(" ".join([found, *common, *WATCHED]).encode())
             for path in _with_headers([source, header], (sources, header.parent)):
                 given.update(path.read_bytes())
             digest = given.hexdigest()[:16]
@@ -108,4 +120,4 @@ def _run(command: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    print(build())
+    print(build(races="--races" in sys.argv[1:]))

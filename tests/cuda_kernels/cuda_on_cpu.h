@@ -6,11 +6,11 @@
 // other. Shared memory is NaN (integers: -1) when a block begins. What ends in undefined
 // behaviour on a card is an exception here: a barrier that some threads never reach, a collective
 // that lanes of its mask do not take part in, a lane read from outside of the mask, a misaligned
-// vector, more shared memory than a block has.
+// vector, more shared memory than a block has, a launch that a card refuses.
 //
 // set_order() changes in which order threads and blocks run: with a barrier missing, results change
-// with it. What this cannot show: races that need two threads at the same instant, weak memory
-// order, contracted products (fma) and approximate functions of the hardware, speed.
+// with it, in most cases; cuda_races.cpp sees the others. What this cannot show: contracted
+// products (fma) and approximate functions of the hardware, speed.
 #pragma once
 
 #include <sys/mman.h>
@@ -41,7 +41,14 @@ namespace cuda_on_cpu {
 constexpr int kWarp = 32;
 constexpr int kMostThreads = 1024;
 constexpr std::size_t kStackBytes = 128 * 1024;
-constexpr std::size_t kStaticShared = 48 * 1024;
+// Shared memory of a block: without asking for more, and the most of a Turing card.
+constexpr std::size_t kShared = 48 * 1024, kMostShared = 64 * 1024;
+
+#ifdef PYLLM_CUDA_RACES  // compiled with -fsanitize=thread, see cuda_races.cpp
+#define PYLLM_NOT_WATCHED __attribute__((noinline, no_sanitize("thread")))
+#else
+#define PYLLM_NOT_WATCHED
+#endif
 
 enum class State { ready, at_barrier, in_warp, done };
 enum class Collective { sync, shuffle, ballot, match };
@@ -85,6 +92,10 @@ class Machine {
   Fiber* current = nullptr;
   uint3 block{};
   dim3 grid, block_size;
+  // For cuda_races.cpp: how often something was launched, blocks began, and all threads of a block
+  // or of a warp met.
+  long launches = 0, block_count = 0;
+  int barriers = 0, warp_barriers[kMostThreads / kWarp] = {};
 
   // Calls `body(data)` in every thread of every block.
   void run(const char* kernel, dim3 grid_size, dim3 threads, std::size_t dynamic_bytes,
@@ -93,14 +104,15 @@ class Machine {
     kernel_ = kernel;
     grid = grid_size;
     block_size = threads;
+    require_valid(dynamic_bytes);
+    ++launches;
     n_threads_ = static_cast<int>(threads.x * threads.y * threads.z);
     body_ = body;
     data_ = data;
     if (stacks_ == nullptr) make_stacks();
-    if (shared_.size() < dynamic_bytes + kStaticShared + kAlignment) {
-      shared_.resize(dynamic_bytes + kStaticShared + kAlignment);
-    }
-    shared_end_ = dynamic_bytes + kStaticShared;
+    if (shared_.empty()) shared_.resize(kMostShared + kAlignment);
+    // launch() asks for more where the dynamic part alone is more.
+    shared_end_ = dynamic_bytes > kShared ? kMostShared : kShared;
     const long n_blocks = static_cast<long>(grid.x) * grid.y * grid.z;
     std::vector<long> blocks(n_blocks);
     for (long i = 0; i < n_blocks; ++i) blocks[i] = i;
@@ -109,7 +121,7 @@ class Machine {
       block = {static_cast<unsigned>(number % grid.x),
                static_cast<unsigned>(number / grid.x % grid.y),
                static_cast<unsigned>(number / grid.x / grid.y)};
-      ++block_count_;
+      ++block_count;
       shared_used_ = dynamic_bytes;
       std::memset(aligned(shared_.data()), kPoison, dynamic_bytes);
       run_block();
@@ -124,13 +136,14 @@ class Machine {
 
   void* dynamic_shared() { return aligned(shared_.data()); }
 
-  void* static_shared(SharedSite& site, std::size_t bytes, std::size_t alignment) {
-    if (site.block != block_count_) {
+  PYLLM_NOT_WATCHED void* static_shared(SharedSite& site, std::size_t bytes,
+                                        std::size_t alignment) {
+    if (site.block != block_count) {
       shared_used_ = (shared_used_ + alignment - 1) / alignment * alignment;
       if (shared_used_ + bytes > shared_end_) {
-        fail("more than 48 KiB of static shared memory");
+        fail("more than " + std::to_string(shared_end_ / 1024) + " KiB of shared memory");
       }
-      site = {block_count_, aligned(shared_.data()) + shared_used_};
+      site = {block_count, aligned(shared_.data()) + shared_used_};
       shared_used_ += bytes;
       std::memset(site.address, kPoison, bytes);
     }
@@ -154,6 +167,7 @@ class Machine {
       return;
     }
     waiting_ = 0;
+    ++barriers;
     result_ = votes_;
     for (int i = 0; i < n_threads_; ++i) fibers_[i].state = State::ready;
   }
@@ -183,7 +197,8 @@ class Machine {
       }
       if (fiber.what != what) fail("lanes of one mask are in different collectives");
     }
-    // The last one to come hands out the results.
+    // The last one to come hands out the results. Only __syncwarp orders accesses to memory.
+    if (what == Collective::sync && mask == ~0u) ++warp_barriers[first / kWarp];
     for (int lane_of = 0; lane_of < kWarp; ++lane_of) {
       if ((mask >> lane_of & 1u) == 0) continue;
       Fiber& fiber = fibers_[first + lane_of];
@@ -209,6 +224,20 @@ class Machine {
     for (;;) leave(*current);
   }
 
+  bool is_shared(const void* address) const {
+    const auto* const at = static_cast<const char*>(address);
+    return at >= shared_.data() && at < shared_.data() + shared_.size();
+  }
+  // Is this memory of the machine itself, or the stack of a thread?
+  bool is_own(const void* address) const {
+    const auto* const at = static_cast<const char*>(address);
+    const auto* const machine = reinterpret_cast<const char*>(this);
+    const auto* const fibers = reinterpret_cast<const char*>(fibers_.get());
+    return (at >= stacks_ && at < stacks_ + kStackBytes * kMostThreads) ||
+           (at >= machine && at < machine + sizeof *this) ||
+           (at >= fibers && at < fibers + sizeof(Fiber) * kMostThreads);
+  }
+
  private:
   static constexpr std::size_t kAlignment = 128;
   static constexpr int kPoison = 0xff;  // NaN, as integers -1
@@ -229,9 +258,25 @@ class Machine {
     if (order_ > 1) std::shuffle(order.begin(), order.end(), random_);
   }
 
+  // What a card refuses with cudaErrorInvalidConfiguration or cudaErrorInvalidValue.
+  void require_valid(std::size_t dynamic_bytes) const {
+    const auto fits = [](dim3 size, unsigned x, unsigned y, unsigned z) {
+      return size.x > 0 && size.x <= x && size.y > 0 && size.y <= y && size.z > 0 && size.z <= z;
+    };
+    const bool valid = fits(grid, 2147483647u, 65535u, 65535u) &&
+                       fits(block_size, 1024, 1024, 64) &&
+                       std::uint64_t{block_size.x} * block_size.y * block_size.z <= kMostThreads;
+    if (!valid) throw std::logic_error(std::string(kernel_) + ": an invalid configuration");
+    if (dynamic_bytes > kMostShared) {
+      throw std::logic_error(std::string(kernel_) + ": more than 64 KiB of shared memory");
+    }
+  }
+
   void run_block() {
     failure_.clear();
     waiting_ = 0;
+    barriers = 0;
+    for (int& count : warp_barriers) count = 0;
     std::vector<int> order(n_threads_);
     for (int i = 0; i < n_threads_; ++i) {
       order[i] = i;
@@ -250,6 +295,7 @@ class Machine {
         if (fibers_[i].state != State::ready) continue;
         any = true;
         enter(fibers_[i]);
+        current = nullptr;
         if (!failure_.empty()) raise(failure_);
         left -= fibers_[i].state == State::done;
       }
@@ -338,7 +384,6 @@ class Machine {
   std::unique_ptr<Fiber[]> fibers_;
   std::vector<char> shared_;
   std::size_t shared_used_ = 0, shared_end_ = 0;
-  long block_count_ = 0;
   std::string failure_;
   const char* barrier_file_ = "";
   int barrier_line_ = 0, waiting_ = 0, votes_ = 0, result_ = 0;

@@ -50,6 +50,12 @@ __global__ void too_much_shared() {
   values[0] = 0;
 }
 
+__global__ void static_and_dynamic() {
+  PYLLM_SHARED(float, values, [3072]);
+  values[0] = 0;
+}
+__global__ void too_wide_for_a_card(int* to) { *to = 1; }
+
 // A row of numbers for each collective, lane by lane.
 __global__ void collectives(int* to) {
   const int lane = static_cast<int>(threadIdx.x);
@@ -71,6 +77,17 @@ template <class... Parameters, class... Arguments>
 void attempt(const char* name, void (*kernel)(Parameters...), int threads, Arguments... arguments) {
   try {
     launch(name, kernel, {1}, threads, 0, Stream{nullptr}, arguments...);
+    std::printf("%s: nothing\n", name);
+  } catch (const std::exception& error) {
+    std::printf("%s\n", error.what());
+  }
+}
+
+// Past launch.h, which refuses or leaves out what a card would refuse.
+void attempt_raw(const char* name, dim3 grid, dim3 threads, std::size_t dynamic_bytes) {
+  try {
+    int to = 0;
+    cuda_on_cpu::launch(name, too_wide_for_a_card, grid, threads, dynamic_bytes, &to);
     std::printf("%s: nothing\n", name);
   } catch (const std::exception& error) {
     std::printf("%s\n", error.what());
@@ -131,6 +148,16 @@ int main() {
   attempt("misaligned", misaligned, 32, fresh);
   attempt("too_much_shared", too_much_shared, 32);
   attempt("no_warp", half_way, 40);
+  attempt("static_and_dynamic", static_and_dynamic, 32);
+  try {
+    launch("both_shared", static_and_dynamic, {1}, 32, 40 * 1024, Stream{nullptr});
+  } catch (const std::exception& error) {
+    std::printf("%s\n", error.what());
+  }
+  attempt_raw("no_blocks", dim3(0), dim3(32), 0);
+  attempt_raw("many_blocks", dim3(1, 65536), dim3(32), 0);
+  attempt_raw("many_threads", dim3(1), dim3(1056), 0);
+  attempt_raw("much_shared", dim3(1), dim3(32), 64 * 1024 + 1);
   launch("collectives", collectives, {1}, 32, 0, Stream{nullptr}, to);
   print("collectives", to, 256);
   print_arithmetic<__half>("float16");

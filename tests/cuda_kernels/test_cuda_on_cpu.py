@@ -48,8 +48,14 @@ def test_shared_memory_is_poisoned_before_each_block(printed: list[str]) -> None
         ("from_outside", "a shuffle reads lane 9, which is not in the mask"),
         ("two_collectives", "lanes of one mask are in different collectives"),
         ("misaligned", "a vector of 16 bytes at a misaligned address"),
-        ("too_much_shared", "more than 48 KiB of static shared memory"),
+        ("too_much_shared", "more than 48 KiB of shared memory"),
+        ("static_and_dynamic", "nothing"),
+        ("both_shared", "more than 48 KiB of shared memory"),
         ("no_warp", "blocks of 40 threads cannot be launched"),
+        ("no_blocks", "an invalid configuration"),
+        ("many_blocks", "an invalid configuration"),
+        ("many_threads", "an invalid configuration"),
+        ("much_shared", "more than 64 KiB of shared memory"),
     ],
 )
 def test_a_fault_is_an_exception(printed: list[str], kernel: str, message: str) -> None:

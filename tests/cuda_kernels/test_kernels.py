@@ -1,6 +1,7 @@
 """The CUDA kernels executed on the CPU: any order of threads, wrong indices, odd addresses."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -8,9 +9,16 @@ from torch import Tensor
 
 from pyllm._native import cuda_extension, cuda_on_cpu
 from pyllm.cuda_kernels import _launch, _routing
-from pyllm.ops import available_faces, decode_attention, moe_combine, moe_dispatch, rms_norm
+from pyllm.ops import (
+    available_faces,
+    decode_attention,
+    moe_combine,
+    moe_dispatch,
+    rms_norm,
+    rope,
+)
 from pyllm.ops._registry import face_module
-from pyllm.testing import OPERATIONS, OpCase, run_face
+from pyllm.testing import OPERATIONS, OpCase, check_face, run_face
 from pyllm.testing.check import Result, expectations
 
 pytestmark = pytest.mark.skipif(not cuda_on_cpu(), reason="the CUDA kernels here are not the CPU's")
@@ -48,6 +56,30 @@ def test_the_order_of_threads_and_blocks_changes_nothing(case: OpCase, set_order
 def _raw(op: str, *arguments: object) -> object:
     """The operation past its door, whose checks a card's tensors do not get."""
     return getattr(torch.ops.pyllm, f"{op}_forward").default(*arguments, "cuda")
+
+
+LONG = {"B": 2, "G": 2, "J": 2, "K": 8, "sinks": 0, "room": 1, "int8": False, "ragged": True}
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {**LONG, "T": 2, "past": 230, "window": 0, "rolling": False},
+        {**LONG, "T": 5, "past": 270, "window": 150, "sinks": 70, "rolling": True, "J": 3},
+        {**LONG, "T": 1, "past": 190, "window": 0, "rolling": False, "K": 33, "int8": True},
+    ],
+    ids=["contiguous", "rolling", "int8"],
+)
+def test_many_tiles_of_keys_in_a_chunk(
+    sizes: dict[str, Any], monkeypatch: pytest.MonkeyPatch, set_order
+) -> None:
+    """As in a cache of more slots than 64 chunks of a tile have."""
+    face = face_module("decode_attention", "cuda")
+    monkeypatch.setattr(face, "MOST_CHUNKS", 1)
+    for order in (0, 1, 2):
+        set_order(order)
+        for dtype in (torch.float32, torch.float16, torch.float64):
+            check_face(OPERATIONS["decode_attention"].case(sizes), face, dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=str)
@@ -101,12 +133,34 @@ def test_a_position_outside_of_the_cache(start: int, count: int) -> None:
     assert y[0].isnan().all() and y[1].isfinite().all()
 
 
+@pytest.mark.parametrize("rolling", [False, True], ids=["contiguous", "rolling"])
+@pytest.mark.parametrize(("start", "count"), [(2**32 + 1, 1), (2, 2**32 + 1), (2**31 - 1, 1)])
+def test_a_position_that_int32_does_not_hold(start: int, count: int, rolling: bool) -> None:
+    """It would become another one, with a slot of its own."""
+    held, new = torch.full((2, 1, 6, 1, 4), 7.0), torch.randn(2, 1, 2, 1, 4)
+    at = torch.tensor([start]), torch.tensor([count])
+    _raw("kv_append", *held, *new, *at, 0, rolling, None, None)
+    assert (held == 7).all()
+    q, window = torch.randn(1, 2, 3, 4), 3 if rolling else 0
+    y = _raw("decode_attention", q, *held, *at, 1.0, window, 0, rolling, None, None)
+    assert y.isnan().all()
+
+
 def test_many_tiles_are_sorted() -> None:
     """More choices than the sort has tiles of the least size."""
     n = _routing.LEAST_TILE * _routing.MOST_TILES + 1000
     experts = torch.randint(5, (n, 1), generator=torch.Generator().manual_seed(0))
     got = _routing.sort_by_expert(experts, 5)
     expected = face_module("moe_dispatch", "reference").sort_by_expert(experts, 5)
+    for have, want in zip(got, expected, strict=True):
+        assert torch.equal(have, want)
+
+
+def test_many_experts_are_sorted() -> None:
+    """More counts than the scan adds up at once."""
+    experts = torch.randint(2500, (40, 1), generator=torch.Generator().manual_seed(0))
+    got = _routing.sort_by_expert(experts, 2500)
+    expected = face_module("moe_dispatch", "reference").sort_by_expert(experts, 2500)
     for have, want in zip(got, expected, strict=True):
         assert torch.equal(have, want)
 
@@ -142,6 +196,32 @@ def _moved(value: object, shift: int) -> object:
     storage = torch.empty(value.numel() + shift, dtype=value.dtype)
     view = storage[shift:].view(value.shape)
     return view.copy_(value)
+
+
+def _of_wider_rows(tensor: Tensor) -> Tensor:
+    """The same numbers in rows that begin at odd addresses, but for the first."""
+    wider = tensor.new_zeros(*tensor.shape[:-1], tensor.shape[-1] + 1)
+    return wider[..., :-1].copy_(tensor)
+
+
+@pytest.mark.parametrize("moved", ["k", "v"])
+def test_rows_of_whole_packs_between_packs(moved: str) -> None:
+    """Each operand's strides count, not those of the first alone."""
+    drawn = {"k": torch.randn(1, 3, 2, 8).half(), "v": torch.randn(1, 3, 2, 8).half()}
+    given = {**drawn, moved: _of_wider_rows(drawn[moved])}
+    held = torch.zeros(2, 1, 3, 2, 8, dtype=torch.float16)
+    at = torch.tensor([0], dtype=torch.int32), torch.tensor([3], dtype=torch.int32)
+    _raw("kv_append", *held, *given.values(), *at, 0, False, None, None)
+    assert torch.equal(held[0], drawn["k"]) and torch.equal(held[1], drawn["v"])
+    q = torch.randn(1, 3, 2, 8).half()
+    y = decode_attention(q, *given.values(), *at, face="cuda")
+    assert torch.equal(y, decode_attention(q, *drawn.values(), *at, face="cuda"))
+
+
+def test_rope_of_rows_between_packs() -> None:
+    x, angles = torch.randn(1, 3, 2, 16).half(), torch.randn(3, 8)
+    y = rope(_of_wider_rows(x), angles.cos(), angles.sin(), face="cuda")
+    assert torch.equal(y, rope(x, angles.cos(), angles.sin(), face="cuda"))
 
 
 def test_a_head_that_is_too_wide_goes_to_the_next_face() -> None:

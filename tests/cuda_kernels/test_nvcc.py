@@ -74,6 +74,7 @@ def test_a_call_without_a_driver_is_an_error(tmp_path: Path) -> None:
 from pyllm._native import cuda_extension
 native = cuda_extension()
 assert not native.ON_CPU
+print(native.obstacle())
 native.rms_norm_forward(0, 16, 16, 0.0, 16, 16, 0, 8, 0)
 for rows in (2**45, 3):
     try:
@@ -87,6 +88,7 @@ for rows in (2**45, 3):
         capture_output=True,
         text=True,
     )
-    too_large, no_driver = result.stdout.splitlines()
+    obstacle, too_large, no_driver = result.stdout.splitlines()
+    assert obstacle == "CUDA driver version is insufficient for CUDA runtime version"
     assert "x 1 x 1 blocks of 128 threads cannot be launched" in too_large
     assert "rms_norm_forward: CUDA driver version is insufficient" in no_driver

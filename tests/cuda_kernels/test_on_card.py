@@ -117,6 +117,10 @@ def test_a_position_outside_of_the_cache_leaves_no_error() -> None:
     assert y.isnan().all()
 
 
+def test_a_card_says_that_nothing_stands_in_the_way() -> None:
+    assert cuda_extension().obstacle() == ""
+
+
 def test_it_needs_no_more_than_results_and_scratch() -> None:
     """All memory is torch's, so that its peak says what is needed."""
     x = torch.randn(4096, 2048, device="cuda", dtype=torch.float16)

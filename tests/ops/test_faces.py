@@ -1,5 +1,6 @@
 """The law of faces: one signature, and how a face is chosen."""
 
+import contextlib
 import inspect
 import os
 import subprocess
@@ -161,6 +162,44 @@ def test_each_of_several_cards_is_asked(monkeypatch: pytest.MonkeyPatch) -> None
         monkeypatch.setattr(_registry, "_device_of", lambda values, card=card: card)
         assert _registry._obstacle(face, "forward", "triton", []) == expected
         assert _registry._obstacle(face, "forward", "cuda", []) is None
+
+
+def test_a_driver_that_is_too_old_leaves_the_other_faces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The extension brings CUDA's runtime, which PyTorch's driver may be too old for."""
+    reasons = ["CUDA driver version is insufficient for CUDA runtime version", ""]
+    entered: list[int] = []
+
+    def device(index: int) -> contextlib.AbstractContextManager[None]:
+        entered.append(index)
+        return contextlib.nullcontext()
+
+    native = SimpleNamespace(ON_CPU=False, obstacle=lambda: reasons[entered[-1]])
+    for name in ("_cuda_obstacle", "_cuda_runs_nowhere"):
+        monkeypatch.setattr(_registry, name, getattr(_registry, name).__wrapped__)
+    monkeypatch.setattr(_registry, "cuda_extension", lambda: native)
+    monkeypatch.setattr(_registry, "_best_capability", lambda: (9, 0))
+    monkeypatch.setattr(_registry, "_capability", lambda index: (9, 0))
+    monkeypatch.setattr(_registry, "_devices_of", lambda face: ("cuda",))
+    monkeypatch.setattr(_registry, "face_module", lambda op, face: SimpleNamespace())
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device", device)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.warns(UserWarning, match="cannot be used: cuda:0: CUDA driver version is insuffi"):
+        assert not _registry._serves("rms_norm", "cuda", "cuda")
+    assert _registry._serves("rms_norm", "triton", "cuda")
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert _registry._serves("rms_norm", "cuda", "cuda")
+    entered.clear()
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    assert _registry._serves("rms_norm", "cuda", "cuda")
+    assert entered == [1], "the other card got a context"
+    for index, expected in ((0, f"cuda:0: {reasons[0]}"), (1, None)):
+        card = torch.device("cuda", index)
+        monkeypatch.setattr(_registry, "_device_of", lambda values, card=card: card)
+        assert _registry._obstacle(SimpleNamespace(), "forward", "cuda", []) == expected
 
 
 def _python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
