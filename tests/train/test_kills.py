@@ -46,6 +46,26 @@ def killed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[st
     return folder, kills
 
 
+@pytest.mark.parametrize("code", [0, 3])
+def test_a_run_that_ends_as_it_is_killed_counts_as_ended(code: int, tmp_path: Path) -> None:
+    # The signal reaches a process that has called exit and is not waited for yet.
+    program = f"""
+import os, sys
+sys.path.insert(0, {str(KILLING.parent)!r})
+import killing
+child = os.fork()
+if not child:
+    os._exit({code})
+killing.ended = lambda child: False
+print(killing.kill_once(child, killing.Path({str(tmp_path)!r}), "anywhere", 0.5, set()))
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    if code:
+        assert done.returncode and "failed by itself" in done.stderr, done.stderr
+    else:
+        assert done.stdout == "False\n", done.stderr
+
+
 def rows_without_times(folder: Path) -> list[dict[str, Any]]:
     rows = read_metrics(folder)
     return [{k: v for k, v in row.items() if k not in ("tok_per_sec", "mfu")} for row in rows]
