@@ -31,16 +31,35 @@ constexpr int kTile = 64;               // rows, outputs, and numbers of a step 
 constexpr int kTileBlock = 256;         // threads, each of 4 rows and 4 outputs
 constexpr int kPitch = kTile / 4 + 1;   // of a row of a tile in words; odd, for the banks
 
+// Zeros where there is nothing.
+template <int count, class T>
+__device__ __forceinline__ Pack<T, count> load_if(const T* from, bool there) {
+  if (there) return load_pack<count>(from);
+  Pack<T, count> zeros;
+#pragma unroll
+  for (int k = 0; k < count; ++k) zeros.values[k] = narrow<T>(0);
+  return zeros;
+}
+
 // What the largest of a row is, and the row as int8: by `team` threads, of which this is `thread`.
 // Numbers are read `count` at once; q has zeros from `width` to `pitch`.
 template <int count, class T>
 __device__ __forceinline__ float largest_of_row(const T* x, int width, int thread, int team) {
+  constexpr int kTogether = 4;  // loads, each of which takes long
   float largest = 0;
-  for (int i = thread * count; i < width; i += team * count) {
-    const auto pack = load_pack<count>(x + i);
+  for (int first = thread * count; first < width; first += kTogether * team * count) {
+    Pack<T, count> packs[kTogether];
 #pragma unroll
-    for (int k = 0; k < count; ++k) {
-      largest = larger(largest, fabsf(static_cast<float>(widen(pack.values[k]))));
+    for (int n = 0; n < kTogether; ++n) {
+      const int i = first + n * team * count;
+      packs[n] = load_if<count>(x + i, i < width);
+    }
+#pragma unroll
+    for (int n = 0; n < kTogether; ++n) {
+#pragma unroll
+      for (int k = 0; k < count; ++k) {
+        largest = larger(largest, fabsf(static_cast<float>(widen(packs[n].values[k]))));
+      }
     }
   }
   return largest;

@@ -10,6 +10,15 @@ TENSOR_CORES = True
 LARGEST_ROW = 32 * 1024
 """Width up to which one row is quantised and multiplied by one launch."""
 
+LARGEST_WIDTH = 2**30
+"""The kernels count the numbers of a row in an int."""
+
+
+def unserved(stage: str, x: Tensor, *_: object) -> str | None:
+    """Why the kernels cannot run this call, or None."""
+    width = x.shape[1]
+    return None if width <= LARGEST_WIDTH else f"rows of {width:,} numbers are too wide"
+
 
 def int8_linear_forward(
     x_ND: Tensor, weight_FD: Tensor, weight_scale_F: Tensor, quantize_input: bool

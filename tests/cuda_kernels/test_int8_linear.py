@@ -1,4 +1,7 @@
-"""Every way that ``int8_linear`` has on a card: __dp4a or tensor cores, one launch or two."""
+"""Every way that ``int8_linear`` has on a card: __dp4a or tensor cores, one launch or two.
+
+On the CPU, or on a card where there is one (`pytest -m gpu`).
+"""
 
 from collections.abc import Iterator
 
@@ -12,7 +15,11 @@ from pyllm.ops._registry import face_module
 from pyllm.testing import OpCase, check_face
 from pyllm.testing.cases.int8_linear import INT8_LINEAR
 
-pytestmark = pytest.mark.skipif(not cuda_on_cpu(), reason="the CUDA kernels here are not the CPU's")
+DEVICE = "cpu" if cuda_on_cpu() else "cuda"
+on_cpu = pytest.mark.skipif(not cuda_on_cpu(), reason="the CUDA kernels here are not the CPU's")
+pytestmark = [pytest.mark.skipif(cuda_extension() is None, reason="pyllm._cuda is not built")]
+if DEVICE == "cuda":
+    pytestmark.append(pytest.mark.gpu)
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 FACE = face_module("int8_linear", "cuda")
@@ -47,13 +54,13 @@ def _whole_numbers(rows: int, width: int, outputs: int) -> tuple[Tensor, Tensor,
     x[:, 0] = 127  # so that the scale of each row is one
     weight = torch.randint(-128, 128, (outputs, width), generator=draw)
     scale = 2.0 ** torch.randint(-12, -9, (outputs,), generator=draw)
-    return x, weight.to(torch.int8), scale.double()
+    return x.to(DEVICE), weight.to(DEVICE, torch.int8), scale.to(DEVICE, torch.double)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.label)
 def test_the_old_ways_are_right_too(old_way: None, case: OpCase, dtype: torch.dtype) -> None:
-    check_face(case, FACE, dtype)
+    check_face(case, FACE, dtype, DEVICE)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -77,7 +84,7 @@ def test_tensor_cores_keep_the_error_budget(
         {"N": rows, "D": width, "F": outputs, "edge": "none", "quantize": quantize_input}
     )
     for dtype in (torch.float16, torch.bfloat16):
-        check_face(case, FACE, dtype)
+        check_face(case, FACE, dtype, DEVICE)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -88,7 +95,7 @@ def test_all_ways_give_the_same_bits(
     """Of integers. 6,144 are more than a round of loads, 77 more outputs than there are warps."""
     rows, width, outputs = sizes
     case = INT8_LINEAR.case({"N": rows, "D": width, "F": outputs, "edge": "none", "quantize": True})
-    inputs = list(case.make_inputs(dtype).values())
+    inputs = list(case.make_inputs(dtype, DEVICE).values())
     y = FACE.int8_linear_forward(*inputs)
     monkeypatch.setattr(FACE, "TENSOR_CORES", False)
     monkeypatch.setattr(FACE, "LARGEST_ROW", -1)
@@ -100,14 +107,15 @@ def test_all_ways_give_the_same_bits(
 @pytest.mark.parametrize("rows", [1, 3, 16, 40])
 def test_every_weight_is_converted(rows: int, dtype: torch.dtype) -> None:
     """Integers become floats by their bits."""
-    weight = torch.arange(-128, 128).to(torch.int8).view(16, 16).T.contiguous()
-    x = torch.zeros(rows, 16, dtype=dtype)
+    weight = torch.arange(-128, 128, device=DEVICE).to(torch.int8).view(16, 16).T.contiguous()
+    x = torch.zeros(rows, 16, dtype=dtype, device=DEVICE)
     for row in range(rows):
         x[row, row % 16] = 1 + row // 16
-    y = int8_linear(x, weight, torch.ones(16), quantize_input=False, face="cuda")
+    y = int8_linear(x, weight, torch.ones(16, device=DEVICE), quantize_input=False, face="cuda")
     assert torch.equal(y, (x.double() @ weight.double().T).to(dtype))
 
 
+@on_cpu
 @pytest.mark.parametrize("quantize_input", [True, False])
 def test_the_order_of_threads_changes_nothing(quantize_input: bool) -> None:
     """With a barrier too few between the copies and the products, it would."""
@@ -127,9 +135,12 @@ def test_the_order_of_threads_changes_nothing(quantize_input: bool) -> None:
 @pytest.mark.parametrize("quantize_input", [True, False])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_what_is_not_finite_stays_in_its_row(value: float, quantize_input: bool) -> None:
-    x, weight = torch.ones(40, 80).half(), torch.ones(33, 80, dtype=torch.int8)
+    x = torch.ones(40, 80, dtype=torch.half, device=DEVICE)
+    weight = torch.ones(33, 80, dtype=torch.int8, device=DEVICE)
     x[38, 79] = value
-    y = int8_linear(x, weight, torch.ones(33), quantize_input=quantize_input, face="cuda")
+    y = int8_linear(
+        x, weight, torch.ones(33, device=DEVICE), quantize_input=quantize_input, face="cuda"
+    )
     assert y.isfinite().all(1).tolist() == [row != 38 for row in range(40)]
 
 
