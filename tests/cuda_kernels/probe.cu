@@ -46,7 +46,7 @@ __global__ void two_collectives() {
   }
 }
 __global__ void misaligned(const float* from) { load_pack<4>(from + 1); }
-__global__ void misaligned_copy(const int* from) {
+__global__ void copy_misaligned(const int* from) {
   PYLLM_SHARED(int, values, [8]);
   copy_async(values, from + 1, 16);
 }
@@ -224,7 +224,7 @@ int main() {
     }
   }
   cuda_on_cpu::machine.set_order(0);
-  attempt("misaligned_copy", misaligned_copy, 32, source);
+  attempt("copy_misaligned", copy_misaligned, 32, source);
   attempt("two_products", two_products, 32);
   print_arithmetic<__half>("float16");
   print_arithmetic<__nv_bfloat16>("bfloat16");

@@ -48,7 +48,7 @@ def test_shared_memory_is_poisoned_before_each_block(printed: list[str]) -> None
         ("from_outside", "a shuffle reads lane 9, which is not in the mask"),
         ("two_collectives", "lanes of one mask are in different collectives"),
         ("misaligned", "a vector of 16 bytes at a misaligned address"),
-        ("misaligned_copy", "a vector of 16 bytes at a misaligned address"),
+        ("copy_misaligned", "a vector of 16 bytes at a misaligned address"),
         ("two_products", "lanes of one mask are in different collectives"),
         ("too_much_shared", "more than 48 KiB of static shared memory"),
         ("no_warp", "blocks of 40 threads cannot be launched"),
