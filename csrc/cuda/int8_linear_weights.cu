@@ -168,7 +168,7 @@ void int8_weights(DType dtype, const void* x, const void* weight, const void* we
                   Stream stream) {
   if (width > kLargestWidth) {
     throw std::invalid_argument("int8_weights: rows of " + std::to_string(width) +
-                                " numbers are too wide");
+                                " numbers are too wide; split the call");
   }
   if (tensor_cores && rows > kFewRowsOfTensors &&
       int8_weights_on_tensors(dtype, x, weight, weight_scale, y, rows, features, width, stream)) {

@@ -10,15 +10,6 @@ TENSOR_CORES = True
 LARGEST_ROW = 32 * 1024
 """Width up to which one row is quantised and multiplied by one launch."""
 
-LARGEST_WIDTH = 2**30
-"""The kernels count the numbers of a row in an int."""
-
-
-def unserved(stage: str, x: Tensor, *_: object) -> str | None:
-    """Why the kernels cannot run this call, or None."""
-    width = x.shape[1]
-    return None if width <= LARGEST_WIDTH else f"rows of {width:,} numbers are too wide"
-
 
 def int8_linear_forward(
     x_ND: Tensor, weight_FD: Tensor, weight_scale_F: Tensor, quantize_input: bool
@@ -31,8 +22,8 @@ def int8_linear_forward(
     y_NF = x_ND.new_empty(n_rows, n_features)
     sizes = (n_rows, n_features, width)
     if not quantize_input:
-        tensors = (x_ND, weight_FD, weight_scale_F, y_NF)
-        launch("int8_weights", code, *tensors, *sizes, TENSOR_CORES)
+        matrices = (x_ND, weight_FD, weight_scale_F, y_NF)
+        launch("int8_weights", code, *matrices, *sizes, TENSOR_CORES)
         return y_NF
     if n_rows == 1 and width % ALIGNMENT == 0 and width <= LARGEST_ROW:
         launch("int8_one_row", code, x_ND, weight_FD, weight_scale_F, y_NF, n_features, width)

@@ -147,3 +147,8 @@ def test_what_is_not_finite_stays_in_its_row(value: float, quantize_input: bool)
 def test_what_one_launch_does_not_serve() -> None:
     with pytest.raises(ValueError, match="int8_one_row: a row of 24 numbers, or a misaligned one"):
         cuda_extension().int8_one_row(0, 16, 16, 16, 16, 4, 24, 0)
+
+
+def test_rows_that_an_int_does_not_count() -> None:
+    with pytest.raises(ValueError, match="rows of 1073741825 numbers are too wide; split the call"):
+        cuda_extension().int8_weights(0, 16, 16, 16, 16, 1, 4, 2**30 + 1, True, 0)
