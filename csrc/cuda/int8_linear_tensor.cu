@@ -18,6 +18,11 @@
 namespace pyllm::cuda {
 namespace {
 
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+constexpr bool kForTensorCores = false;
+#else
+constexpr bool kForTensorCores = true;
+#endif
 constexpr int kDepth = 64;  // of a step, in numbers
 constexpr int kChunk = 16;  // bytes that are copied at once
 
@@ -169,7 +174,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
     tensor_kernel(const Left* __restrict__ left, const float* __restrict__ scales,
                   const signed char* __restrict__ weight, const Wide<T>* __restrict__ weight_scale,
                   T* __restrict__ y, std::int64_t rows, std::int64_t features, std::int64_t width) {
-#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
+  if (!kForTensorCores) return;  // nothing is left of the kernel then
   PYLLM_DYNAMIC_SHARED(signed char, shared);
   constexpr int kLeftBytes = Tile::kRows * kDepth * static_cast<int>(sizeof(Left));
   const std::int64_t first_row = std::int64_t{blockIdx.x} * Tile::kRows;
@@ -226,7 +231,6 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
       }
     }
   }
-#endif
 }
 
 template <class T, class Left, class Tile>
