@@ -103,6 +103,7 @@ PYBIND11_MODULE(_cuda, module) {
   PYLLM_DEFINE(route_topk_backward);
   PYLLM_DEFINE(decode_attention);
   PYLLM_DEFINE(quantize_rows);
+  PYLLM_DEFINE(int8_one_row);
   PYLLM_DEFINE(int8_matmul);
   PYLLM_DEFINE(int8_weights);
   PYLLM_DEFINE(moe_tiles);

@@ -91,14 +91,19 @@ void decode_attention(DType dtype, const void* q, const void* k_cache, std::int6
                       std::int64_t width, std::int64_t chunk, std::int64_t n_chunks, Stream stream);
 
 // int8_linear.cu. q: scratch, (rows, pitch) int8, pitch being the width rounded up to 16; scales:
-// (rows,) float32. int8_matmul takes what quantize_rows made; int8_weights x as it is.
+// (rows,) float32. int8_matmul takes what quantize_rows made; int8_one_row takes x, of one
+// row of at most 32,768 numbers, a multiple of 16; int8_weights, in int8_linear_weights.cu, leaves
+// x as it is. tensor_cores: may they be used where the card has them?
 void quantize_rows(DType dtype, const void* x, void* q, void* scales, std::int64_t rows,
                    std::int64_t width, std::int64_t pitch, Stream stream);
+void int8_one_row(DType dtype, const void* x, const void* weight, const void* weight_scale, void* y,
+                  std::int64_t features, std::int64_t width, Stream stream);
 void int8_matmul(DType dtype, const void* q, const void* scales, const void* weight,
                  const void* weight_scale, void* y, std::int64_t rows, std::int64_t features,
-                 std::int64_t width, std::int64_t pitch, Stream stream);
+                 std::int64_t width, std::int64_t pitch, bool tensor_cores, Stream stream);
 void int8_weights(DType dtype, const void* x, const void* weight, const void* weight_scale, void* y,
-                  std::int64_t rows, std::int64_t features, std::int64_t width, Stream stream);
+                  std::int64_t rows, std::int64_t features, std::int64_t width, bool tensor_cores,
+                  Stream stream);
 
 // moe_ffn.cu. tiles: (most_tiles, 2) int32 by moe_tiles, of tile_rows sorted rows at most: 64, of
 // float64 32. h (rows, hidden) and y_rows (rows, width) are scratch; moe_combine.cu ends the job.

@@ -27,6 +27,9 @@ __device__ __forceinline__ float widen(__nv_bfloat16 value) { return __bfloat162
 
 __device__ __forceinline__ void narrow_to(float& to, float value) { to = value; }
 __device__ __forceinline__ void narrow_to(double& to, double value) { to = value; }
+__device__ __forceinline__ void narrow_to(signed char& to, float value) {
+  to = static_cast<signed char>(value);
+}
 __device__ __forceinline__ void narrow_to(__half& to, float value) { to = __float2half_rn(value); }
 __device__ __forceinline__ void narrow_to(__nv_bfloat16& to, float value) {
   to = __float2bfloat16_rn(value);

@@ -35,4 +35,18 @@ __device__ __forceinline__ T team_sum(T value) {
   return warp_sum(lane < n_warps ? sums[lane] : T(0));
 }
 
+// The largest of numbers that are not negative, over a team in the same way.
+template <class T>
+__device__ __forceinline__ T team_max(T value) {
+  value = warp_max(value);
+  if (blockDim.x == kWarp) return value;
+  PYLLM_SHARED(T, maxima, [kWarp]);
+  const int n_warps = static_cast<int>(blockDim.x) / kWarp;
+  const int warp = static_cast<int>(threadIdx.x) / kWarp, lane = threadIdx.x % kWarp;
+  __syncthreads();  // the maxima of the call before have been read
+  if (lane == 0) maxima[warp] = value;
+  __syncthreads();
+  return warp_max(lane < n_warps ? maxima[lane] : T(0));
+}
+
 }  // namespace pyllm::cuda

@@ -112,6 +112,12 @@ __device__ __forceinline__ void join(float& entry, const __half* values) {
 __device__ __forceinline__ void join(float& entry, const __nv_bfloat16* values) {
   entry = widen(values[0]);
 }
+__device__ __forceinline__ void join(float& entry, const signed char* values) {
+  entry = static_cast<float>(values[0]);
+}
+__device__ __forceinline__ void join(double& entry, const signed char* values) {
+  entry = static_cast<double>(values[0]);
+}
 __device__ __forceinline__ void join(__half2& entry, const __half* values) {
   entry = __halves2half2(values[0], values[1]);
 }

@@ -6,6 +6,11 @@ from torch import Tensor
 from pyllm.cuda_kernels._launch import ALIGNMENT, dtype_code, launch, ready
 from pyllm.reference._precision import accumulation_dtype
 
+TENSOR_CORES = True
+"""May tensor cores be used where the card has them? Their sums of integers are the same."""
+LARGEST_ROW = 32 * 1024
+"""Width up to which one row is quantised and multiplied by one launch."""
+
 
 def int8_linear_forward(
     x_ND: Tensor, weight_FD: Tensor, weight_scale_F: Tensor, quantize_input: bool
@@ -18,11 +23,16 @@ def int8_linear_forward(
     y_NF = x_ND.new_empty(n_rows, n_features)
     sizes = (n_rows, n_features, width)
     if not quantize_input:
-        launch("int8_weights", code, x_ND, weight_FD, weight_scale_F, y_NF, *sizes)
+        matrices = (x_ND, weight_FD, weight_scale_F, y_NF)
+        launch("int8_weights", code, *matrices, *sizes, TENSOR_CORES)
+        return y_NF
+    if n_rows == 1 and width % ALIGNMENT == 0 and width <= LARGEST_ROW:
+        launch("int8_one_row", code, x_ND, weight_FD, weight_scale_F, y_NF, n_features, width)
         return y_NF
     pitch = -(-width // ALIGNMENT) * ALIGNMENT
     q_ND = x_ND.new_empty(n_rows, pitch, dtype=torch.int8)
     scale_N = x_ND.new_empty(n_rows, dtype=torch.float32)
     launch("quantize_rows", code, x_ND, q_ND, scale_N, n_rows, width, pitch)
-    launch("int8_matmul", code, q_ND, scale_N, weight_FD, weight_scale_F, y_NF, *sizes, pitch)
+    tensors = (q_ND, scale_N, weight_FD, weight_scale_F, y_NF)
+    launch("int8_matmul", code, *tensors, *sizes, pitch, TENSOR_CORES)
     return y_NF

@@ -51,7 +51,16 @@ constexpr std::size_t kShared = 48 * 1024, kMostShared = 64 * 1024;
 #endif
 
 enum class State { ready, at_barrier, in_warp, done };
-enum class Collective { sync, shuffle, ballot, match };
+enum class Collective { sync, shuffle, ballot, match, together };
+
+// 16 bytes on their way to shared memory, of which `given` come from `from`, the others being
+// zeros; `group` counts the groups of the thread.
+struct AsyncCopy {
+  void* to;
+  const void* from;
+  int given;
+  int group;
+};
 
 struct Fiber {
   uint3 index;
@@ -62,6 +71,9 @@ struct Fiber {
   Collective what;
   int source;
   std::uint64_t value, received;
+  void (*work)(void* const*);
+  std::vector<AsyncCopy> copies;
+  int group;
 #ifdef __x86_64__
   void* stack_pointer;
 #else
@@ -174,8 +186,10 @@ class Machine {
 
   int votes() const { return result_; }
 
-  // Takes part in a collective of the warp; returns what `source` brought.
-  std::uint64_t exchange(Collective what, unsigned mask, std::uint64_t value, int source) {
+  // Takes part in a collective of the warp; returns what `source` brought. `work` is done on the
+  // addresses that all lanes brought.
+  std::uint64_t exchange(Collective what, unsigned mask, std::uint64_t value, int source,
+                         void (*work)(void* const*) = nullptr) {
     Fiber& me = *current;
     const int lane = me.number % kWarp, first = me.number - lane;
     if ((mask >> lane & 1u) == 0) fail("a lane is not in the mask of its own collective");
@@ -186,6 +200,7 @@ class Machine {
     me.mask = mask;
     me.value = value;
     me.source = source;
+    me.work = work;
     me.state = State::in_warp;
     for (int other = 0; other < kWarp; ++other) {
       if ((mask >> other & 1u) == 0) continue;
@@ -195,7 +210,16 @@ class Machine {
         leave(me);
         return me.received;
       }
-      if (fiber.what != what) fail("lanes of one mask are in different collectives");
+      if (fiber.what != what || fiber.work != work) {
+        fail("lanes of one mask are in different collectives");
+      }
+    }
+    if (work != nullptr) {
+      void* brought[kWarp];
+      for (int i = 0; i < kWarp; ++i) {
+        brought[i] = reinterpret_cast<void*>(fibers_[first + i].value);
+      }
+      work(brought);
     }
     // The last one to come hands out the results. Only __syncwarp orders accesses to memory.
     if (what == Collective::sync && mask == ~0u) ++warp_barriers[first / kWarp];
@@ -204,6 +228,7 @@ class Machine {
       Fiber& fiber = fibers_[first + lane_of];
       fiber.state = State::ready;
       fiber.received = 0;
+      if (work != nullptr) continue;
       if (what == Collective::shuffle) {
         fiber.received = fibers_[first + fiber.source].value;
         continue;
@@ -285,6 +310,8 @@ class Machine {
       fiber.index = {number % x, number / x % y, number / x / y};
       fiber.number = i;
       fiber.state = State::ready;
+      fiber.copies.clear();
+      fiber.group = 0;
       prepare(fiber);
     }
     if (order_ == 1) arrange(order);
@@ -478,3 +505,5 @@ inline T __shfl_xor_sync(unsigned mask, T value, int flip, int width = cuda_on_c
   const int lane = cuda_on_cpu::lane(), source = lane ^ flip;
   return cuda_on_cpu::shuffle(mask, value, source >= lane - lane % width + width ? lane : source);
 }
+
+#include "cuda_tensor.h"

@@ -204,6 +204,17 @@ inline int __clz(int a) { return a == 0 ? 32 : __builtin_clz(static_cast<unsigne
 inline int __ffs(int a) { return __builtin_ffs(a); }
 inline int __popc(unsigned a) { return __builtin_popcount(a); }
 
+// Four of the eight bytes of two words; each digit of the selector names one.
+inline unsigned __byte_perm(unsigned low, unsigned high, unsigned selector) {
+  const std::uint64_t bytes = std::uint64_t{high} << 32 | low;
+  unsigned result = 0;
+  for (int i = 0; i < 4; ++i) {
+    const unsigned digit = selector >> (4 * i) & 7u;
+    result |= static_cast<unsigned>(bytes >> (8 * digit) & 255u) << (8 * i);
+  }
+  return result;
+}
+
 // Four products of 8-bit numbers, added to the third argument.
 inline int __dp4a(int a, int b, int c) {
   for (int shift = 0; shift < 32; shift += 8) {

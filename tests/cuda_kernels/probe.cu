@@ -1,6 +1,7 @@
 // Small kernels with a fault each, and arithmetic, for test_cuda_on_cpu.py.
 #include <cstdio>
 
+#include "cuda/mma.h"
 #include "cuda/numeric.h"
 #include "cuda/reduce.h"
 
@@ -45,6 +46,19 @@ __global__ void two_collectives() {
   }
 }
 __global__ void misaligned(const float* from) { load_pack<4>(from + 1); }
+__global__ void copy_misaligned(const int* from) {
+  PYLLM_SHARED(int, values, [8]);
+  copy_async(values, from + 1, 16);
+}
+__global__ void two_products() {
+  const unsigned a[4] = {}, b[2] = {};
+  float sums[4] = {};
+  if (threadIdx.x % 2 == 0) {
+    mma(sums, a, b, __half{});
+  } else {
+    mma(sums, a, b, __nv_bfloat16{});
+  }
+}
 __global__ void too_much_shared() {
   PYLLM_SHARED(float, values, [12289]);
   values[0] = 0;
@@ -71,6 +85,50 @@ __global__ void collectives(int* to) {
   } else {
     to[224 + lane] = __shfl_xor_sync(0xffff0000u, lane, 1);
   }
+}
+
+// A product of (16, depth) and (8, depth)^T, its fragments made number by number as the PTX manual
+// has them (9.7.14.5): `a` has 16 or 8 numbers in a lane, `b` half of that.
+template <class Entry, class Sum>
+__global__ void fragments(const Entry* left, const Entry* right, Sum* to) {
+  constexpr int kOf = 4 / static_cast<int>(sizeof(Entry)), kDepth = 8 * kOf;
+  const int group = static_cast<int>(threadIdx.x) >> 2, member = static_cast<int>(threadIdx.x) % 4;
+  Entry a[4 * kOf], b[2 * kOf];
+  for (int i = 0; i < 4 * kOf; ++i) {
+    const bool upper = i < kOf || (2 * kOf <= i && i < 3 * kOf);
+    const int row = upper ? group : group + 8;
+    const int column = member * kOf + (i & (kOf - 1)) + (i < 2 * kOf ? 0 : kDepth / 2);
+    a[i] = left[row * kDepth + column];
+  }
+  for (int i = 0; i < 2 * kOf; ++i) {
+    const int row = member * kOf + (i & (kOf - 1)) + (i < kOf ? 0 : kDepth / 2);
+    b[i] = right[group * kDepth + row];
+  }
+  unsigned a_words[4], b_words[2];
+  memcpy(a_words, a, sizeof a);
+  memcpy(b_words, b, sizeof b);
+  Sum sums[4] = {1, 2, 3, 4};
+  mma(sums, a_words, b_words, Entry{});
+  for (int i = 0; i < 4; ++i) {
+    to[(i < 2 ? group : group + 8) * 8 + member * 2 + (i & 1)] = sums[i] - static_cast<Sum>(i + 1);
+  }
+}
+
+// The neighbours of 32 threads by a copy of 16 bytes, the last of which has four only.
+__global__ void copied(const int* from, int* to, bool with_wait, bool with_barrier) {
+  PYLLM_SHARED(int, values, [132]);
+  const int lane = static_cast<int>(threadIdx.x);
+  copy_async(values + 4 * lane, from + 4 * lane, lane < 31 ? 16 : 4);
+  commit_copies();
+  if (lane == 0) copy_async(values + 128, from, 0);
+  commit_copies();
+  if (with_wait) wait_for_copies<1>();
+  if (with_barrier) __syncthreads();
+  for (int i = 0; i < 4; ++i) to[4 * lane + i] = values[127 - 4 * lane - i];
+  __syncthreads();
+  if (lane == 0) to[128] = values[128];
+  wait_for_copies<0>();
+  if (lane == 0) to[129] = values[128];
 }
 
 template <class... Parameters, class... Arguments>
@@ -119,6 +177,23 @@ void print_arithmetic(const char* name) {
   }
 }
 
+// Prints both matrices, of small whole numbers, and their product.
+template <class Entry, class Sum>
+void print_product(const char* name, int depth) {
+  Entry left[16 * 32], right[8 * 32];
+  Sum product[16 * 8];
+  int numbers[24 * 32 + 16 * 8];
+  unsigned state = 7;
+  for (int i = 0; i < 24 * depth; ++i) {
+    state = state * 1664525u + 1013904223u;
+    numbers[i] = static_cast<int>(state >> 24) - 128;
+    (i < 16 * depth ? left[i] : right[i - 16 * depth]) = static_cast<Entry>(numbers[i]);
+  }
+  launch(name, fragments<Entry, Sum>, {1}, 32, 0, Stream{nullptr}, left, right, product);
+  for (int i = 0; i < 128; ++i) numbers[24 * depth + i] = static_cast<int>(product[i]);
+  print(name, numbers, 24 * depth + 128);
+}
+
 }  // namespace
 }  // namespace pyllm::cuda
 
@@ -160,6 +235,24 @@ int main() {
   attempt_raw("much_shared", dim3(1), dim3(32), 64 * 1024 + 1);
   launch("collectives", collectives, {1}, 32, 0, Stream{nullptr}, to);
   print("collectives", to, 256);
+  print_product<signed char, int>("product8", 32);
+  print_product<__half, float>("product16", 16);
+  print_product<__nv_bfloat16, float>("product16", 16);
+  alignas(16) int source[128];
+  int result[130];
+  for (int i = 0; i < 128; ++i) source[i] = i + 1;
+  for (const unsigned order : {0u, 1u, 7u}) {
+    cuda_on_cpu::machine.set_order(order);
+    for (const int without : {0, 1, 2}) {
+      launch("copied", copied, {1}, 32, 0, Stream{nullptr}, source, result, without != 1,
+             without != 2);
+      const char* const names[] = {"copied", "copied_unwaited", "copied_unsynchronised"};
+      print(names[without], result, 130);
+    }
+  }
+  cuda_on_cpu::machine.set_order(0);
+  attempt("copy_misaligned", copy_misaligned, 32, source);
+  attempt("two_products", two_products, 32);
   print_arithmetic<__half>("float16");
   print_arithmetic<__nv_bfloat16>("bfloat16");
 }

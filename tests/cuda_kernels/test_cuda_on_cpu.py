@@ -48,6 +48,8 @@ def test_shared_memory_is_poisoned_before_each_block(printed: list[str]) -> None
         ("from_outside", "a shuffle reads lane 9, which is not in the mask"),
         ("two_collectives", "lanes of one mask are in different collectives"),
         ("misaligned", "a vector of 16 bytes at a misaligned address"),
+        ("copy_misaligned", "a vector of 16 bytes at a misaligned address"),
+        ("two_products", "lanes of one mask are in different collectives"),
         ("too_much_shared", "more than 48 KiB of shared memory"),
         ("static_and_dynamic", "nothing"),
         ("both_shared", "more than 48 KiB of shared memory"),
@@ -76,6 +78,23 @@ def test_collectives(printed: list[str]) -> None:
     # -128 * 2 - 1 * 3 + 127 * 4 + 1 * 5
     assert found[192:224] == [254 + lane for lane in lanes]
     assert found[224:] == [lane ^ 1 for lane in lanes]
+
+
+@pytest.mark.parametrize(("name", "depth"), [("product8", 32), ("product16", 16)])
+def test_tensor_cores_have_the_fragments_of_the_manual(
+    printed: list[str], name: str, depth: int
+) -> None:
+    for row in numbers(printed, name):
+        left, right, product = torch.tensor(row).split([16 * depth, 8 * depth, 16 * 8])
+        assert torch.equal(left.view(16, depth) @ right.view(8, depth).T, product.view(16, 8))
+
+
+def test_a_copy_is_there_after_the_wait_and_the_barrier(printed: list[str]) -> None:
+    """The second group, of zeros, comes after the wait for all groups."""
+    right = [0, 0, 0, *range(125, 0, -1), -1, 0]
+    assert numbers(printed, "copied") == [right] * 3
+    assert numbers(printed, "copied_unwaited") == [[-1] * 129 + [0]] * 3
+    assert right not in numbers(printed, "copied_unsynchronised")
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)

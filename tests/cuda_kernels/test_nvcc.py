@@ -1,5 +1,6 @@
 """Every CUDA file compiled for every card the project names, on a machine without one."""
 
+import importlib.util
 import os
 import re
 import shutil
@@ -17,6 +18,8 @@ STATIC_SHARED = 48 * 1024
 """Bytes of static shared memory that a block may have on any card."""
 SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
 NVCC = shutil.which("nvcc")
+TENSOR_CORES = {"int8_linear_tensor": {"IMMA.16832.S8.S8", "HMMA.16816.F32", "HMMA.16816.F32.BF16"}}
+"""Instructions of tensor cores in the file for sm_80 and later; no other file has any."""
 
 pytestmark = [
     pytest.mark.slow,
@@ -28,6 +31,20 @@ _KERNEL = re.compile(
     r".*?Used (?P<registers>\d+) registers(?P<rest>[^\n]*)",
     re.DOTALL,
 )
+_TENSOR_CORES = re.compile(r"\b[IH]MMA(?:\.[A-Z0-9]+)+")
+
+
+def _cuobjdump() -> str | None:
+    """CUDA's own, or the one that Triton brings."""
+    found = shutil.which("cuobjdump")
+    triton = importlib.util.find_spec("triton")
+    if found is None and triton is not None and triton.origin is not None:
+        brought = Path(triton.origin).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+        found = str(brought) if brought.exists() else None
+    return found
+
+
+CUOBJDUMP = _cuobjdump()
 
 
 @pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.stem)
@@ -48,6 +65,11 @@ def test_no_spills_and_shared_memory_fits(
         assert (kernel["stores"], kernel["loads"]) == ("0", "0"), f"{what} spills registers"
         shared = re.search(r"(\d+) bytes smem", kernel["rest"])
         assert shared is None or int(shared.group(1)) <= STATIC_SHARED, what
+    for one in cards if CUOBJDUMP is not None else ():
+        command = [CUOBJDUMP, "-sass", "-arch", f"sm_{one}", str(tmp_path / "kernel.o")]
+        code = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        expected = TENSOR_CORES.get(source.stem, set()) if one >= 80 else set()
+        assert set(_TENSOR_CORES.findall(code)) == expected, f"tensor cores of sm_{one}"
 
 
 def test_a_call_without_a_driver_is_an_error(tmp_path: Path) -> None:
