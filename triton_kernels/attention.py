@@ -8,7 +8,7 @@ kv head, so that nothing is added across programs: no atomics, the same bits eve
 causal triangle and outside the window are never touched; only blocks on an edge pay for a mask.
 
 float16, bfloat16 and float32 (by exact products, no TF32) with heads of at most 256 channels; what
-else comes is handed to the reference, and said once.
+else comes is another face's, see ``unserved``.
 
 Not proven without a GPU: that the fastest configuration is among those listed, and that anything is
 fast at all; the hardware's exp2 and log2, which are approximations; the tuner itself and the
@@ -17,7 +17,6 @@ visited, spills, shared memory and tensor-core instructions.
 """
 
 import math
-import warnings
 from collections.abc import Iterator
 from functools import cache
 from typing import Any
@@ -43,8 +42,6 @@ from pyllm.triton_kernels._tuning import (
 )
 from pyllm.triton_kernels._variants import Variant
 from torch import Tensor
-
-from pyllm.reference import attention as reference
 
 WIDEST_HEAD = 256
 LARGEST_STRIDE = 2**23
@@ -221,25 +218,23 @@ def forward_kernel(
     tl.store(lse_ptr + rows, lse, mask=rows < n_queries)
 
 
-def _serves(q: Tensor, k: Tensor, scale: float) -> bool:
-    """What is not served is said once, but for float64: nobody trains in it."""
-    width, positions = q.shape[3], q.shape[1] + k.shape[1]
+def unserved(stage: str, *arguments: Any) -> str | None:
+    """Why a call is not served: by its dtype, its heads, or sizes beyond the kernels' integers."""
+    q, k = arguments[:2] if stage == "forward" else arguments[1:3]
+    scale = arguments[3 if stage == "forward" else 6]
+    n_heads, width = q.shape[2:]
+    positions = q.shape[1] + k.shape[1]
     if q.dtype == torch.float64:
-        return False
-    if width > WIDEST_HEAD:
-        _say_once(f"heads of {width} channels, and serves at most {WIDEST_HEAD}")
-        return False
-    if positions > MOST_POSITIONS or abs(scale) > LARGEST_SCALE:
-        _say_once(f"{positions} positions with a scale of {scale:g}")
-        return False
-    return width > 0
-
-
-@cache
-def _say_once(what: str) -> None:
-    warnings.warn(
-        f"attention: the triton face got {what}; the reference computes it, slowly", stacklevel=4
-    )
+        return "no float64"
+    if not 0 < width <= WIDEST_HEAD:
+        return f"heads of {width} channels, not 1 to {WIDEST_HEAD}"
+    if n_heads * width >= LARGEST_STRIDE:
+        return f"{n_heads} heads of {width} channels, {LARGEST_STRIDE} numbers or more"
+    if positions > MOST_POSITIONS:
+        return f"{positions} positions, more than {MOST_POSITIONS}"
+    if abs(scale) > LARGEST_SCALE:
+        return f"a scale of {scale:g}, beyond {LARGEST_SCALE:g}"
+    return None
 
 
 def _adjacent(x: Tensor) -> Tensor:
@@ -339,8 +334,6 @@ def attention_forward(
     sinks: int,
 ) -> tuple[Tensor, Tensor]:
     """See :func:`pyllm.reference.attention.attention_forward`."""
-    if not _serves(q_BTHK, k_BSGK, scale):
-        return reference.attention_forward(q_BTHK, k_BSGK, v_BSGK, scale, causal, window, sinks)
     batch, n_queries, n_heads, _ = q_BTHK.shape
     y_BTHK = torch.empty_like(q_BTHK, memory_format=torch.contiguous_format)
     lse_BHT = q_BTHK.new_empty((batch, n_heads, n_queries), dtype=torch.float32)
@@ -382,10 +375,6 @@ def attention_backward(
     sinks: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See :func:`pyllm.reference.attention.attention_backward`."""
-    if not _serves(q_BTHK, k_BSGK, scale):
-        return reference.attention_backward(
-            dy_BTHK, q_BTHK, k_BSGK, v_BSGK, y_BTHK, lse_BHT, scale, causal, window, sinks
-        )
     dq_BTHK, dk_BSGK, dv_BSGK = (
         torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q_BTHK, k_BSGK, v_BSGK)
     )

@@ -90,6 +90,16 @@ LEAST_BACKWARD_ROWS = 32
 """Training has more rows than decoding: the backward has no lower row blocks."""
 
 
+MOST_EXPERTS = 65535
+"""The second dimension of a grid ends there."""
+
+
+def unserved(stage: str, *arguments: Any) -> str | None:
+    """Why a call is not served: each expert is a row of programs in the backward's grid."""
+    n_experts = arguments[2 if stage == "forward" else 3].shape[0]
+    return None if n_experts <= MOST_EXPERTS else f"{n_experts} experts, more than {MOST_EXPERTS}"
+
+
 def rows_of_block(n_rows: int, n_experts: int, sizes: Any, least: int = 0) -> int:
     """How tall a row block is: one for an average expert if it is small, then the tallest."""
     if INTERPRETED:

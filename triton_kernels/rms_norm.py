@@ -142,15 +142,15 @@ def backward_kernel_for(width: int) -> tuple[Any, dict[str, int]]:
     return tiled_backward_kernel, {"BLOCK_D": 2048, "num_warps": 8}
 
 
-def _check_width(width: int) -> None:
-    if width > LONGEST_ROW:
-        raise ValueError(f"rms_norm: triton serves rows up to {LONGEST_ROW}, got {width}")
+def unserved(stage: str, *arguments: Any) -> str | None:
+    """Why a call is not served: a row is longer than the registers of a program."""
+    width = arguments[0].shape[-1]
+    return None if width <= LONGEST_ROW else f"rows of {width} numbers, more than {LONGEST_ROW}"
 
 
 @on_its_card
 def rms_norm_forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """See :func:`pyllm.reference.rms_norm.rms_norm_forward`."""
-    _check_width(x.shape[-1])
     width = x.shape[-1]
     double = x.dtype == torch.float64
     x, weight = x.contiguous(), weight.contiguous()

@@ -9,6 +9,7 @@ Not proven without a GPU: its speed, for which only the bytes moved speak.
 
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import triton
@@ -86,6 +87,14 @@ def tile(n_heads: int, half: int) -> dict[str, int]:
         "HEADS": heads,
         "BLOCK": block,
     }
+
+
+def unserved(stage: str, *arguments: Any) -> str | None:
+    """Why a call is not served: no copy brings its tokens near enough for offsets of 32 bits."""
+    n_heads, width = arguments[0].shape[2:]
+    if n_heads * width < LARGEST_STRIDE:
+        return None
+    return f"{n_heads} heads of {width} channels, {LARGEST_STRIDE} numbers or more"
 
 
 @on_its_card

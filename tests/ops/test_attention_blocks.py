@@ -102,15 +102,6 @@ def test_sixteen_bits_over_several_blocks(blocks: tuple[int, int], dtype: torch.
         compare(name, *three, dtype, gradient=name.startswith("d"))
 
 
-def test_heads_too_wide_go_to_the_reference_and_say_so() -> None:
-    q, k, v = (torch.randn(1, 3, 1, 300) for _ in range(3))
-    triton_face._say_once.cache_clear()
-    with pytest.warns(UserWarning, match="heads of 300 channels, and serves at most 256"):
-        y, _ = triton_face.attention_forward(q, k, v, 0.1, True, 0, 0)
-    torch.testing.assert_close(y, reference.attention_forward(q, k, v, 0.1, True, 0, 0)[0])
-    triton_face.attention_forward(q, k, v, 0.1, True, 0, 0)  # once: a second warning is an error
-
-
 def test_rows_too_far_apart_for_32_bits_within_a_tile_are_copied() -> None:
     """On the meta device: the interpreter would touch every byte of the memory between them."""
     for stride in (2**22, 2**23, 2**30):
