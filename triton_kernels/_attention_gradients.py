@@ -357,6 +357,9 @@ def dk_dv_kernel(
     dv = tl.zeros([BLOCK_N, BLOCK_K], dtype=tl.float32)
     # One loop over heads and blocks: its loads run ahead from one head into the next.
     n_full = full_stop - full_start
+    # The first loads of a loop find their addresses before it is asked whether it has any rounds;
+    # what a division by zero leads to is undefined.
+    full_or_1 = tl.maximum(n_full, 1)
     for i in range(share * n_full):
         dk, dv = _key_gradients(
             dk,
@@ -368,8 +371,8 @@ def dk_dv_kernel(
             q_ptr,
             delta_ptr,
             base_ptr,
-            i // n_full,
-            (full_start + i % n_full) * BLOCK_M,
+            i // full_or_1,
+            (full_start + i % full_or_1) * BLOCK_M,
             dy_stride_t,
             dy_stride_h,
             q_stride_t,
@@ -390,6 +393,7 @@ def dk_dv_kernel(
             UPCAST,
         )
     n_edge = full_start - start + stop - full_stop
+    edge_or_1 = tl.maximum(n_edge, 1)
     for i in range(share * n_edge):
         dk, dv = _key_gradients(
             dk,
@@ -401,8 +405,8 @@ def dk_dv_kernel(
             q_ptr,
             delta_ptr,
             base_ptr,
-            i // n_edge,
-            edge_block(i % n_edge, 0, start, full_start, full_stop) * BLOCK_M,
+            i // edge_or_1,
+            edge_block(i % edge_or_1, 0, start, full_start, full_stop) * BLOCK_M,
             dy_stride_t,
             dy_stride_h,
             q_stride_t,

@@ -13,6 +13,8 @@ pytest.importorskip("triton", reason="triton is not installed")
 from pyllm.triton_kernels import _tuning, linear_cross_entropy, moe_ffn, rms_norm
 from pyllm.triton_kernels._tuning import INTERPRETED, Kernel
 
+from pyllm import ops
+from pyllm.ops._registry import face_module
 from pyllm.testing import OPERATIONS, check_face
 from pyllm.testing.cases.linear_cross_entropy import LINEAR_CROSS_ENTROPY
 
@@ -133,3 +135,41 @@ def test_padded_words_of_a_slab_change_nothing(monkeypatch: pytest.MonkeyPatch) 
     for words in (257, 271, 272, 500):
         sizes = {"N": 20, "D": 24, "V": words, "ignored": "some"}
         check_face(LINEAR_CROSS_ENTROPY.case(sizes), linear_cross_entropy, torch.float32)
+
+
+@pytest.mark.gpu
+def test_timing_takes_no_memory() -> None:
+    """Triton's own stopwatch takes 256 MB, which a training step may not have left."""
+    x = torch.ones(1024, 1024, device="cuda")
+    before = torch.cuda.max_memory_allocated()
+    (took,) = _tuning.milliseconds(lambda: x.add_(1.0))
+    assert 0 < took < 1000
+    assert torch.cuda.max_memory_allocated() == before
+
+
+@pytest.mark.gpu
+def test_another_number_of_tokens_compiles_nothing() -> None:
+    """Not one more than the two forms of each kernel: 1 and multiples of 16 are like the rest."""
+    if torch.cuda.get_device_capability() < (8, 0):
+        pytest.skip("Triton has dropped this card")
+    kernels = (
+        *(face_module("attention", "triton").forward_kernel, rms_norm.forward_kernel),
+        *(rms_norm.backward_kernel, face_module("rope", "triton").turn_kernel),
+    )
+
+    def compiled() -> int:
+        forms = [form for kernel in kernels for form in (kernel.aligned, kernel.ragged)]
+        return sum(len(cache[0]) for form in forms for cache in form.device_caches.values())
+
+    def call(tokens: int) -> None:
+        q = torch.randn(1, tokens, 2, 64, device="cuda", dtype=torch.float16, requires_grad=True)
+        table = torch.randn(tokens, 32, device="cuda")
+        y = ops.rope(ops.rms_norm(q, torch.ones_like(q[0, 0, 0]), face="triton"), table, table)
+        ops.attention(y, y, y, window=None if tokens < 20 else 16, sinks=tokens % 3, face="triton")
+        y.float().sum().backward()
+
+    call(33)
+    before = compiled()
+    for tokens in (1, 2, 16, 17, 48, 512, 1025):
+        call(tokens)
+    assert compiled() == before
