@@ -273,7 +273,6 @@ def _key_gradients(
         dy_ptr, first, n_queries, dy_stride_t, width, BLOCK_M, BLOCK_K, WHOLE_K, EDGE, UPCAST
     )
     rows = first + tl.arange(0, BLOCK_M)
-    delta = tl.load(delta_ptr + head * delta_stride_h + rows)
     base = tl.load(base_ptr + head * delta_stride_h + rows)
     s = tl.dot(k, tl.trans(q), input_precision="ieee")
     power = s * scale_2 - base[None, :]
@@ -284,6 +283,7 @@ def _key_gradients(
     p = tl.exp2(power)
     dv = tl.dot(narrowed(p, NARROW, UPCAST), dy, dv, input_precision="ieee")
     dp = tl.dot(v, tl.trans(dy), input_precision="ieee")
+    delta = tl.load(delta_ptr + head * delta_stride_h + rows)
     ds = p * (dp * scale - delta[None, :])
     dk = tl.dot(narrowed(ds, NARROW, UPCAST), q, dk, input_precision="ieee")
     return dk, dv
