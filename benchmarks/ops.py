@@ -32,7 +32,7 @@ from pyllm._cli import require_writable, run
 from pyllm.models import choose_device
 from pyllm.ops._registry import FACE_PACKAGES, face_module
 from pyllm.testing import OPERATIONS, OpCase
-from pyllm.testing.check import expectations, run_backward, run_forward
+from pyllm.testing.check import expectations, run_backward, run_forward, unserved
 from pyllm.testing.suite import faces_on
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -122,6 +122,8 @@ def prepare(
     for face in faces_on(device, available):
         module = face_module(case.op, face)
         try:
+            if (reason := unserved(module, inputs)) is not None:
+                raise ValueError(reason)
             saved = run_forward(case, module, inputs)
             # The face alone, as the peer: the tests' bookkeeping takes 2 us.
             forward[face] = partial(getattr(module, f"{case.op}_forward"), *inputs.values())

@@ -19,13 +19,13 @@ class Choice:
     """Queries."""
     block_n: int
     """Keys."""
-    num_warps: int
-    num_stages: int
+    warps: int
+    stages: int
     shared: int = 0
     """Only for cards that let a block have so many bytes of shared memory."""
 
     @property
-    def blocks(self) -> dict[str, int]:
+    def constants(self) -> dict[str, int]:
         """As the kernels name them."""
         return {"BLOCK_M": self.block_m, "BLOCK_N": self.block_n}
 

@@ -11,21 +11,23 @@ from pyllm.triton_kernels._attention_blocks import (
     sees,
     store_rows,
 )
+from pyllm.triton_kernels._tuning import Kernel
 
 
-@triton.jit
+@Kernel
 def delta_kernel(
     dy_ptr,  # (B, T, H, K) with adjacent channels
     y_ptr,
     lse_ptr,  # (B, H, T)
-    delta_ptr,  # (B, H, T): scale * rowsum(dy * y)
-    base_ptr,  # (B, H, T): the log-sum-exp in base 2, and inf for rows that see nothing
+    delta_ptr,  # (B, H, delta_stride_h): scale * rowsum(dy * y), then zeros
+    base_ptr,  # the same: the log-sum-exp in base 2; inf for rows that see nothing, then inf
     dy_stride_b,
     dy_stride_t,
     dy_stride_h,
     y_stride_b,
     y_stride_t,
     y_stride_h,
+    delta_stride_h,  # whole blocks of queries, which all others read without a mask
     scale,
     n_queries,
     n_heads,
@@ -34,7 +36,7 @@ def delta_kernel(
     BLOCK_K: tl.constexpr,
     WHOLE_K: tl.constexpr,
 ):
-    blocks = tl.cdiv(n_queries, BLOCK_M)
+    blocks = delta_stride_h // BLOCK_M
     row_of_heads = tl.program_id(0) // blocks
     first = (tl.program_id(0) % blocks) * BLOCK_M
     batch = tl.cast(row_of_heads // n_heads, tl.int64)
@@ -49,11 +51,12 @@ def delta_kernel(
     )
     delta = tl.sum(dy.to(tl.float32) * y.to(tl.float32), axis=1) * scale
     rows = first + tl.arange(0, BLOCK_M)
-    at = tl.cast(row_of_heads, tl.int64) * n_queries + rows
-    lse = tl.load(lse_ptr + at, mask=rows < n_queries, other=0.0)
+    lse_ptr += tl.cast(row_of_heads, tl.int64) * n_queries
+    lse = tl.load(lse_ptr + rows, mask=rows < n_queries, other=float("-inf"))
     base = tl.where(lse == float("-inf"), float("inf"), lse * 1.4426950408889634)
-    tl.store(delta_ptr + at, delta, mask=rows < n_queries)
-    tl.store(base_ptr + at, base, mask=rows < n_queries)
+    at = tl.cast(row_of_heads, tl.int64) * delta_stride_h + rows
+    tl.store(delta_ptr + at, delta)
+    tl.store(base_ptr + at, base)
 
 
 @triton.jit
@@ -102,13 +105,13 @@ def _query_gradient(
     return tl.dot(narrowed(ds, NARROW, UPCAST), k, dq, input_precision="ieee")
 
 
-@triton.jit(do_not_specialize=["situation"])
+@Kernel
 def dq_kernel(
     dy_ptr,  # (B, T, H, K) with adjacent channels, as q, k and v
     q_ptr,
     k_ptr,  # (B, S, G, K)
     v_ptr,
-    delta_ptr,  # (B, H, T), see delta_kernel
+    delta_ptr,  # (B, H, delta_stride_h), see delta_kernel
     base_ptr,
     dq_ptr,  # (B, T, H, K) contiguous
     dy_stride_b,
@@ -123,6 +126,7 @@ def dq_kernel(
     v_stride_b,
     v_stride_s,
     v_stride_g,
+    delta_stride_h,
     scale,
     scale_2,  # times log2(e)
     n_queries,
@@ -158,9 +162,9 @@ def dq_kernel(
         dy_ptr, first, n_queries, dy_stride_t, width, BLOCK_M, BLOCK_K, WHOLE_K, True, UPCAST
     )
     rows = first + tl.arange(0, BLOCK_M)
-    at = tl.cast(row_of_heads, tl.int64) * n_queries + rows
-    delta = tl.load(delta_ptr + at, mask=rows < n_queries, other=0.0)
-    base = tl.load(base_ptr + at, mask=rows < n_queries, other=float("inf"))
+    at = tl.cast(row_of_heads, tl.int64) * delta_stride_h + rows
+    delta = tl.load(delta_ptr + at)
+    base = tl.load(base_ptr + at)
     positions = rows + n_keys - n_queries
     sunk, start, full_start, full_stop, stop = key_blocks(
         first, n_queries, n_keys, ahead, window, sinks, BLOCK_M, BLOCK_N
@@ -239,6 +243,7 @@ def _key_gradients(
     dy_stride_h,
     q_stride_t,
     q_stride_h,
+    delta_stride_h,
     scale,
     scale_2,
     n_queries,
@@ -268,13 +273,7 @@ def _key_gradients(
         dy_ptr, first, n_queries, dy_stride_t, width, BLOCK_M, BLOCK_K, WHOLE_K, EDGE, UPCAST
     )
     rows = first + tl.arange(0, BLOCK_M)
-    at = head * n_queries + rows
-    if EDGE:
-        delta = tl.load(delta_ptr + at, mask=rows < n_queries, other=0.0)
-        base = tl.load(base_ptr + at, mask=rows < n_queries, other=float("inf"))
-    else:
-        delta = tl.load(delta_ptr + at)
-        base = tl.load(base_ptr + at)
+    base = tl.load(base_ptr + head * delta_stride_h + rows)
     s = tl.dot(k, tl.trans(q), input_precision="ieee")
     power = s * scale_2 - base[None, :]
     if EDGE:
@@ -284,18 +283,19 @@ def _key_gradients(
     p = tl.exp2(power)
     dv = tl.dot(narrowed(p, NARROW, UPCAST), dy, dv, input_precision="ieee")
     dp = tl.dot(v, tl.trans(dy), input_precision="ieee")
+    delta = tl.load(delta_ptr + head * delta_stride_h + rows)
     ds = p * (dp * scale - delta[None, :])
     dk = tl.dot(narrowed(ds, NARROW, UPCAST), q, dk, input_precision="ieee")
     return dk, dv
 
 
-@triton.jit(do_not_specialize=["situation"])
+@Kernel
 def dk_dv_kernel(
     dy_ptr,  # (B, T, H, K) with adjacent channels, as q, k and v
     q_ptr,
     k_ptr,  # (B, S, G, K)
     v_ptr,
-    delta_ptr,  # (B, H, T), see delta_kernel
+    delta_ptr,  # (B, H, delta_stride_h), see delta_kernel
     base_ptr,
     dk_ptr,  # (B, S, G, K) contiguous
     dv_ptr,
@@ -311,6 +311,7 @@ def dk_dv_kernel(
     v_stride_b,
     v_stride_s,
     v_stride_g,
+    delta_stride_h,
     scale,
     scale_2,  # times log2(e)
     n_queries,
@@ -339,8 +340,8 @@ def dk_dv_kernel(
     q_ptr += batch * q_stride_b + first_head * q_stride_h
     k_ptr += batch * k_stride_b + group * k_stride_g
     v_ptr += batch * v_stride_b + group * v_stride_g
-    delta_ptr += tl.cast(row_of_groups, tl.int64) * share * n_queries
-    base_ptr += tl.cast(row_of_groups, tl.int64) * share * n_queries
+    delta_ptr += tl.cast(row_of_groups, tl.int64) * share * delta_stride_h
+    base_ptr += tl.cast(row_of_groups, tl.int64) * share * delta_stride_h
 
     k = load_rows(
         k_ptr, first_key, n_keys, k_stride_s, width, BLOCK_N, BLOCK_K, WHOLE_K, True, UPCAST
@@ -356,6 +357,9 @@ def dk_dv_kernel(
     dv = tl.zeros([BLOCK_N, BLOCK_K], dtype=tl.float32)
     # One loop over heads and blocks: its loads run ahead from one head into the next.
     n_full = full_stop - full_start
+    # The first loads of a loop find their addresses before it is asked whether it has any rounds;
+    # what a division by zero leads to is undefined.
+    full_or_1 = tl.maximum(n_full, 1)
     for i in range(share * n_full):
         dk, dv = _key_gradients(
             dk,
@@ -367,12 +371,13 @@ def dk_dv_kernel(
             q_ptr,
             delta_ptr,
             base_ptr,
-            i // n_full,
-            (full_start + i % n_full) * BLOCK_M,
+            i // full_or_1,
+            (full_start + i % full_or_1) * BLOCK_M,
             dy_stride_t,
             dy_stride_h,
             q_stride_t,
             q_stride_h,
+            delta_stride_h,
             scale,
             scale_2,
             n_queries,
@@ -388,6 +393,7 @@ def dk_dv_kernel(
             UPCAST,
         )
     n_edge = full_start - start + stop - full_stop
+    edge_or_1 = tl.maximum(n_edge, 1)
     for i in range(share * n_edge):
         dk, dv = _key_gradients(
             dk,
@@ -399,12 +405,13 @@ def dk_dv_kernel(
             q_ptr,
             delta_ptr,
             base_ptr,
-            i // n_edge,
-            edge_block(i % n_edge, 0, start, full_start, full_stop) * BLOCK_M,
+            i // edge_or_1,
+            edge_block(i % edge_or_1, 0, start, full_start, full_stop) * BLOCK_M,
             dy_stride_t,
             dy_stride_h,
             q_stride_t,
             q_stride_h,
+            delta_stride_h,
             scale,
             scale_2,
             n_queries,

@@ -2,7 +2,8 @@
 
 import triton
 import triton.language as tl
-from pyllm.triton_kernels._products import multiply, place
+from pyllm.triton_kernels._products import multiply, place, sixteens
+from pyllm.triton_kernels._tuning import Kernel
 
 
 @triton.jit
@@ -11,7 +12,7 @@ def finite(maximum):
     return tl.where(tl.abs(maximum) == float("inf"), 0.0, maximum)
 
 
-@triton.jit
+@Kernel
 def span_kernel(
     x_ptr,  # (N, D) contiguous
     w_ptr,  # (V, D) contiguous
@@ -57,6 +58,7 @@ def span_kernel(
             words,
             n_words,
             width,
+            width,
             True,
             BLOCK_M,
             BLOCK_N,
@@ -77,7 +79,7 @@ def span_kernel(
     tl.store(picked_ptr + rows, picked, mask=mine)
 
 
-@triton.jit
+@Kernel
 def loss_kernel(
     maximum_ptr,  # (spans, N) in the accumulation dtype
     sum_ptr,  # (spans, N)
@@ -116,7 +118,7 @@ def loss_kernel(
     tl.store(loss_ptr + rows, tl.where(targets == ignore_index, 0.0, lse - picked), mask=inside)
 
 
-@triton.jit
+@Kernel
 def logit_gradient_kernel(
     x_ptr,  # (N, D) contiguous
     w_ptr,  # (words of the slab, D) contiguous
@@ -137,7 +139,7 @@ def logit_gradient_kernel(
     UPCAST: tl.constexpr,
 ):
     """``softmax(x @ w.T) - [word is the target]`` for a slab of words: not times ``dloss`` yet, so
-    that it is of order one also where that is too small for float16."""
+    that it is of order one also where that is too small for float16. Zeros up to 16 words."""
     ACC: tl.constexpr = tl.float64 if DOUBLE else tl.float32
     row_block, block = place(tl.cdiv(n_rows, BLOCK_M), tl.cdiv(n_words, BLOCK_N), GROUP)
     rows = row_block * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -150,6 +152,7 @@ def logit_gradient_kernel(
         w_ptr,
         words,
         n_words,
+        width,
         width,
         True,
         BLOCK_M,
@@ -167,11 +170,11 @@ def logit_gradient_kernel(
     dz *= tl.where(targets == ignore_index, 0.0, 1.0)[:, None]  # a NaN is not hidden
     dz_ptr += (row_block * BLOCK_M).to(tl.int64) * stride
     at = tl.arange(0, BLOCK_M)[:, None] * stride + words[None, :]
-    keep = inside[:, None] & (words < n_words)[None, :]
+    keep = inside[:, None] & (words < sixteens(n_words))[None, :]
     tl.store(dz_ptr + at, dz.to(dz_ptr.dtype.element_ty), mask=keep)
 
 
-@triton.jit
+@Kernel
 def row_gradient_kernel(
     dz_ptr,  # (N, stride)
     w_ptr,  # (words of the slab, D) contiguous
@@ -196,6 +199,7 @@ def row_gradient_kernel(
     inside = rows < n_rows
     columns = block * BLOCK_N + tl.arange(0, BLOCK_N)
     first = split * words_per_split
+    depth = tl.minimum(n_words - first, words_per_split).to(tl.int32)
     total = multiply(
         dz_ptr + first,
         rows.to(tl.int64) * stride,
@@ -203,7 +207,8 @@ def row_gradient_kernel(
         w_ptr + first * width,
         columns,
         width,
-        tl.minimum(n_words - first, words_per_split).to(tl.int32),
+        depth,
+        sixteens(depth),
         False,
         BLOCK_M,
         BLOCK_N,
@@ -217,7 +222,7 @@ def row_gradient_kernel(
     tl.store(at, total + tl.load(at, mask=keep, other=0.0), mask=keep)
 
 
-@triton.jit
+@Kernel
 def scale_kernel(
     rows_ptr,  # (parts, N, D) contiguous
     dloss_ptr,  # (N,) in the accumulation dtype
@@ -252,7 +257,7 @@ def scale_kernel(
     tl.store(at, total.to(out_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@Kernel
 def word_gradient_kernel(
     dz_ptr,  # (N, stride)
     x_ptr,  # (N, D) contiguous, times dloss over its largest
@@ -280,11 +285,12 @@ def word_gradient_kernel(
     total = tl.zeros([BLOCK_M, BLOCK_N], dtype=ACC)
     for start in range(0, n_rows, BLOCK_K):
         inside = steps < n_rows - start
-        dz = tl.load(dz_at, mask=inside[None, :] & (words < n_words)[:, None], other=0.0)
+        known = (words < sixteens(n_words))[:, None]
+        dz = tl.load(dz_at, mask=inside[None, :] & known, other=0.0)
         x = tl.load(x_at, mask=inside[:, None] & (columns < width)[None, :], other=0.0)
         if UPCAST:
             dz, x = dz.to(tl.float32), x.to(tl.float32)
-        total = tl.dot(dz, x, total, input_precision="ieee")
+        total = tl.dot(dz, x, total, input_precision="ieee", out_dtype=ACC)
         dz_at += BLOCK_K * stride
         x_at += BLOCK_K * width
     total *= tl.load(largest_ptr)

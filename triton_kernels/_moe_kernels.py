@@ -9,6 +9,7 @@ interpreter alone, which multiplies 16-bit numbers wrongly.
 import triton
 import triton.language as tl
 from pyllm.triton_kernels._products import multiply, place
+from pyllm.triton_kernels._tuning import Kernel
 
 
 @triton.jit
@@ -24,7 +25,7 @@ def gelu_gate(x):
     return sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
 
 
-@triton.jit
+@Kernel
 def up_kernel(
     x_ptr,  # (N, D) contiguous
     w_ptr,  # (E, 2F or F, D) contiguous
@@ -76,8 +77,8 @@ def up_kernel(
             w_up = tl.load(up_at, mask=left[:, None] & known, other=0.0)
             if UPCAST:
                 x, w_gate, w_up = x.to(tl.float32), w_gate.to(tl.float32), w_up.to(tl.float32)
-            gate = tl.dot(x, w_gate, gate, input_precision="ieee")
-            up = tl.dot(x, w_up, up, input_precision="ieee")
+            gate = tl.dot(x, w_gate, gate, input_precision="ieee", out_dtype=ACC)
+            up = tl.dot(x, w_up, up, input_precision="ieee", out_dtype=ACC)
             x_at += BLOCK_K
             gate_at += BLOCK_K
             up_at += BLOCK_K
@@ -99,6 +100,7 @@ def up_kernel(
             columns,
             hidden,
             width,
+            width,
             True,
             BLOCK_M,
             BLOCK_N,
@@ -113,7 +115,7 @@ def up_kernel(
     tl.store(h_ptr + h_at, h.to(h_ptr.dtype.element_ty), mask=keep)
 
 
-@triton.jit
+@Kernel
 def rows_kernel(
     a_ptr,  # (R, depth) contiguous, sorted; or (N, depth)
     w_ptr,  # (E, width, depth) contiguous, or (E, depth, width)
@@ -157,6 +159,7 @@ def rows_kernel(
         columns,
         width,
         depth,
+        depth,
         BY_COLUMN,
         BLOCK_M,
         BLOCK_N,
@@ -170,7 +173,7 @@ def rows_kernel(
     tl.store(out_ptr + out_at, out.to(out_ptr.dtype.element_ty), mask=keep)
 
 
-@triton.jit
+@Kernel
 def activation_gradient_kernel(
     dh_ptr,  # (R, F), sorted: on entry dy @ w_out, on return the hidden rows times their weights
     pre_ptr,  # (R, 2F or F), sorted
@@ -224,12 +227,14 @@ def activation_gradient_kernel(
             tl.store(dpre_at, dpre.to(dpre_ptr.dtype.element_ty), mask=inside)
         sums += dh * h
         h = (h * weight).to(dh_ptr.dtype.element_ty)
+        # Written where dh was read, perhaps by other threads: Triton cuts loads and stores apart.
+        tl.debug_barrier()
         tl.store(dh_ptr + dh_rows + columns, h, mask=inside)
     dweights = tl.sum(sums, axis=1).to(dweights_ptr.dtype.element_ty)
     tl.store(dweights_ptr + slots, dweights, mask=known)
 
 
-@triton.jit
+@Kernel
 def weight_gradient_kernel(
     left_ptr,  # (R, height) sorted, or (N, height)
     right_ptr,  # (R, width) sorted, or (N, width)
@@ -277,14 +282,14 @@ def weight_gradient_kernel(
         )
         if UPCAST:
             left, right = left.to(tl.float32), right.to(tl.float32)
-        total = tl.dot(left, right, total, input_precision="ieee")
+        total = tl.dot(left, right, total, input_precision="ieee", out_dtype=ACC)
     out_at = expert.to(tl.int64) * height * width + ups[:, None].to(tl.int64) * width
     keep = (ups < height)[:, None] & (columns < width)[None, :]
     out = total.to(out_ptr.dtype.element_ty)
     tl.store(out_ptr + out_at + columns[None, :], out, mask=keep)
 
 
-@triton.jit
+@Kernel
 def combine_kernel(
     rows_ptr,  # (R, D) contiguous, sorted
     weights_ptr,  # (N, k), or unused

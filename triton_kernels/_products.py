@@ -21,6 +21,16 @@ def place(n_tiles, n_columns, GROUP: tl.constexpr):
 
 
 @triton.jit
+def sixteens(n):
+    """``n`` rounded up to a multiple of 16, and known for one.
+
+    A mask may end there without cutting a load of 16 bytes in two: those of numbers that end
+    anywhere are made one by one, and not in the background.
+    """
+    return (n + 15) // 16 * 16
+
+
+@triton.jit
 def multiply(
     a_ptr,
     a_rows,  # (BLOCK_M,): where each row of the left-hand side starts
@@ -29,6 +39,7 @@ def multiply(
     columns,  # (BLOCK_N,)
     n_columns,
     depth,
+    a_depth,  # at least depth; a has zeros in between
     B_BY_COLUMN: tl.constexpr,  # b is (columns, depth), else (depth, columns)
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -47,11 +58,12 @@ def multiply(
     total = tl.zeros([BLOCK_M, BLOCK_N], dtype=ACC)
     for start in range(0, depth, BLOCK_K):
         inside = steps < depth - start
-        a = tl.load(a_at, mask=a_inside[:, None] & inside[None, :], other=0.0)
+        a_steps = steps < a_depth - start
+        a = tl.load(a_at, mask=a_inside[:, None] & a_steps[None, :], other=0.0)
         b = tl.load(b_at, mask=inside[:, None] & b_inside[None, :], other=0.0)
         if UPCAST:
             a, b = a.to(tl.float32), b.to(tl.float32)
-        total = tl.dot(a, b, total, input_precision="ieee")
+        total = tl.dot(a, b, total, input_precision="ieee", out_dtype=ACC)
         a_at += BLOCK_K
         b_at += BLOCK_K if B_BY_COLUMN else BLOCK_K * n_columns
     return total

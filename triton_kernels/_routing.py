@@ -1,8 +1,8 @@
 """The stable counting sort of choices by expert, and the list of row blocks that products walk.
 
-Four small kernels that never wait for the host: counts of each block of choices, their prefix sums,
-the place of each choice, and the list of blocks. An expert that does not exist has no place: its
-``position`` is -1, and what depends on it becomes NaN.
+Four small kernels that never wait for the host: counts of each part of the choices, their prefix
+sums, the place of each choice, and the list of blocks. An expert that does not exist has no place:
+its ``position`` is -1, and what depends on it becomes NaN.
 """
 
 from collections.abc import Iterator
@@ -10,49 +10,52 @@ from collections.abc import Iterator
 import torch
 import triton
 import triton.language as tl
-from pyllm.triton_kernels._tuning import CARD_OPTIONS
-from pyllm.triton_kernels._variants import Variant
+from pyllm.triton_kernels._tuning import Kernel
+from pyllm.triton_kernels._variants import Variant, variant
 from torch import Tensor
-
-from pyllm.reference.moe_dispatch import sort_by_expert as sort_in_pytorch
 
 MOST_EXPERTS = 1024
 """Above this a block of choices by experts does not fit a program: PyTorch's operations sort."""
 ENTRIES = 8192
 """Choices times experts that one program compares at once."""
+MOST_PARTS = 256
+"""Of the choices, by programs: one program adds up the counts of all parts, one after the other."""
 
 
-@triton.jit
+@Kernel
 def count_kernel(
     experts_ptr,  # (R,) integers
-    counts_ptr,  # (blocks, BLOCK_E) int32
+    counts_ptr,  # (parts, BLOCK_E) int32
     n_slots,
+    steps,  # blocks of a part
     BLOCK: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
-    block = tl.program_id(0)
-    slots = block * BLOCK + tl.arange(0, BLOCK)
+    part = tl.program_id(0).to(tl.int64)
     names = tl.arange(0, BLOCK_E)
-    experts = tl.load(experts_ptr + slots, mask=slots < n_slots, other=-1)
-    hot = (experts[:, None] == names[None, :]).to(tl.int32)
-    tl.store(counts_ptr + block * BLOCK_E + names, tl.sum(hot, axis=0))
+    counts = tl.zeros([BLOCK_E], dtype=tl.int32)
+    for step in range(steps):
+        slots = (part * steps + step) * BLOCK + tl.arange(0, BLOCK)
+        experts = tl.load(experts_ptr + slots, mask=slots < n_slots, other=-1)
+        counts += tl.sum((experts[:, None] == names[None, :]).to(tl.int32), axis=0)
+    tl.store(counts_ptr + part * BLOCK_E + names, counts)
 
 
-@triton.jit
+@Kernel
 def scan_kernel(
-    counts_ptr,  # (blocks, BLOCK_E) int32: counts on entry, sums of the blocks before on return
+    counts_ptr,  # (parts, BLOCK_E) int32: counts on entry, sums of the parts before on return
     offsets_ptr,  # (E + 1,) int32
-    n_blocks,
+    n_parts,
     n_experts,
     BLOCK: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
     names = tl.arange(0, BLOCK_E)
     before = tl.zeros([BLOCK_E], dtype=tl.int32)
-    for first in range(0, n_blocks, BLOCK):
-        blocks = first + tl.arange(0, BLOCK)
-        at = counts_ptr + blocks[:, None] * BLOCK_E + names[None, :]
-        inside = blocks[:, None] < n_blocks
+    for first in range(0, n_parts, BLOCK):
+        parts = first + tl.arange(0, BLOCK)
+        at = counts_ptr + parts[:, None] * BLOCK_E + names[None, :]
+        inside = parts[:, None] < n_parts
         counts = tl.load(at, mask=inside, other=0)
         tl.store(at, before[None, :] + tl.cumsum(counts, axis=0) - counts, mask=inside)
         before += tl.sum(counts, axis=0)
@@ -60,33 +63,36 @@ def scan_kernel(
     tl.store(offsets_ptr + 1 + names, tl.cumsum(before, axis=0), mask=names < n_experts)
 
 
-@triton.jit
+@Kernel
 def place_kernel(
     experts_ptr,  # (R,) integers
-    counts_ptr,  # (blocks, BLOCK_E) int32, from scan_kernel
+    counts_ptr,  # (parts, BLOCK_E) int32, from scan_kernel
     offsets_ptr,  # (E + 1,) int32
     order_ptr,  # (R,) int32
     position_ptr,  # (R,) int32
     n_slots,
     n_experts,
+    steps,  # blocks of a part
     BLOCK: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
-    block = tl.program_id(0)
-    slots = block * BLOCK + tl.arange(0, BLOCK)
+    part = tl.program_id(0).to(tl.int64)
     names = tl.arange(0, BLOCK_E)
-    experts = tl.load(experts_ptr + slots, mask=slots < n_slots, other=-1)
-    hot = (experts[:, None] == names[None, :]).to(tl.int32)
     starts = tl.load(offsets_ptr + names, mask=names < n_experts, other=0)
-    starts += tl.load(counts_ptr + block * BLOCK_E + names)
-    rank = tl.cumsum(hot, axis=0) - hot
-    position = tl.sum(hot * (rank + starts[None, :]), axis=1)
-    exists = (experts >= 0) & (experts < n_experts)
-    tl.store(position_ptr + slots, tl.where(exists, position, -1), mask=slots < n_slots)
-    tl.store(order_ptr + position, slots, mask=exists & (slots < n_slots))
+    starts += tl.load(counts_ptr + part * BLOCK_E + names)
+    for step in range(steps):
+        slots = (part * steps + step) * BLOCK + tl.arange(0, BLOCK)
+        experts = tl.load(experts_ptr + slots, mask=slots < n_slots, other=-1)
+        hot = (experts[:, None] == names[None, :]).to(tl.int32)
+        rank = tl.cumsum(hot, axis=0) - hot
+        position = tl.sum(hot * (rank + starts[None, :]), axis=1)
+        starts += tl.sum(hot, axis=0)
+        exists = (experts >= 0) & (experts < n_experts)
+        tl.store(position_ptr + slots, tl.where(exists, position, -1), mask=slots < n_slots)
+        tl.store(order_ptr + position, slots.to(tl.int32), mask=exists & (slots < n_slots))
 
 
-@triton.jit
+@Kernel
 def tile_kernel(
     offsets_ptr,  # (E + 1,) int32
     tiles_ptr,  # (2, tiles) int32: expert, or -1 where the list has ended; first row
@@ -117,33 +123,71 @@ def _blocks(n_experts: int) -> tuple[int, int]:
     return max(min(ENTRIES // columns, 512), 1), columns
 
 
-def _scan_block(block: int) -> int:
-    """Of how many blocks the counts are summed at once: of fewer than others hold, or it spills."""
-    return max(block // 8, 1)
+def _scan(block: int) -> dict[str, int]:
+    """How many parts' counts are summed at once: of fewer than others hold, or it spills. One
+    program does it all, so it is a large one."""
+    return {"BLOCK": max(block // 2, 1), "num_warps": 16}
 
 
 def sort_by_expert(experts_NA: Tensor, n_experts: int) -> tuple[Tensor, Tensor, Tensor]:
     """Return ``(order_R, position_NA, offsets_E1)``, all int32, as the reference's sort does."""
     if n_experts > MOST_EXPERTS:
-        return sort_in_pytorch(experts_NA, n_experts)
+        return _sort_in_pytorch(experts_NA, n_experts)
     experts_R = experts_NA.reshape(-1).contiguous()
     n_slots = experts_R.numel()
     block, block_e = _blocks(n_experts)
-    n_blocks = triton.cdiv(n_slots, block)
-    counts = experts_R.new_empty((n_blocks, block_e), dtype=torch.int32)
+    steps = triton.cdiv(triton.cdiv(n_slots, block), MOST_PARTS)
+    n_parts = triton.cdiv(n_slots, block * max(steps, 1))
+    counts = experts_R.new_empty((n_parts, block_e), dtype=torch.int32)
     order_R = experts_R.new_empty(n_slots, dtype=torch.int32)
     position_R = torch.empty_like(order_R)
     offsets_E1 = experts_R.new_empty(n_experts + 1, dtype=torch.int32)
-    shape = {"BLOCK": block, "BLOCK_E": block_e, **CARD_OPTIONS}
+    shape = {"BLOCK": block, "BLOCK_E": block_e}
     if n_slots:
-        count_kernel[(n_blocks,)](experts_R, counts, n_slots, **shape)
-    scan = {**shape, "BLOCK": _scan_block(block)}
-    scan_kernel[(1,)](counts, offsets_E1, n_blocks, n_experts, **scan)
+        count_kernel.start(
+            (n_parts,),
+            experts_ptr=experts_R,
+            counts_ptr=counts,
+            n_slots=n_slots,
+            steps=steps,
+            **shape,
+        )
+    scan_kernel.start(
+        (1,),
+        counts_ptr=counts,
+        offsets_ptr=offsets_E1,
+        n_parts=n_parts,
+        n_experts=n_experts,
+        **{**shape, **_scan(block)},
+    )
     if n_slots:
-        place_kernel[(n_blocks,)](
-            experts_R, counts, offsets_E1, order_R, position_R, n_slots, n_experts, **shape
+        place_kernel.start(
+            (n_parts,),
+            experts_ptr=experts_R,
+            counts_ptr=counts,
+            offsets_ptr=offsets_E1,
+            order_ptr=order_R,
+            position_ptr=position_R,
+            n_slots=n_slots,
+            n_experts=n_experts,
+            steps=steps,
+            **shape,
         )
     return order_R, position_R.view(experts_NA.shape), offsets_E1
+
+
+def _sort_in_pytorch(experts_NA: Tensor, n_experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    experts_R = experts_NA.reshape(-1).long()
+    exists = (experts_R >= 0) & (experts_R < n_experts)
+    experts_R = experts_R.where(exists, n_experts)  # to the end
+    sorted_R, order_R = experts_R.sort(stable=True)
+    position_R = torch.empty_like(order_R)
+    position_R[order_R] = torch.arange(order_R.numel(), device=order_R.device)
+    offsets_E1 = torch.searchsorted(
+        sorted_R, torch.arange(n_experts + 1, device=order_R.device), out_int32=True
+    )
+    position_R = position_R.where(exists, -1)
+    return order_R.int(), position_R.view_as(experts_NA).int(), offsets_E1
 
 
 def list_tiles(offsets_E1: Tensor, n_rows: int, rows_per_tile: int) -> Tensor:
@@ -159,15 +203,15 @@ def list_tiles(offsets_E1: Tensor, n_rows: int, rows_per_tile: int) -> Tensor:
     tiles = offsets_E1.new_empty((2, n_tiles))
     block, block_e = _blocks(n_experts)
     if n_tiles:
-        tile_kernel[(triton.cdiv(n_tiles, block),)](
-            offsets_E1,
-            tiles,
-            n_tiles,
-            n_experts,
+        tile_kernel.start(
+            (triton.cdiv(n_tiles, block),),
+            offsets_ptr=offsets_E1,
+            tiles_ptr=tiles,
+            n_tiles=n_tiles,
+            n_experts=n_experts,
             ROWS=rows_per_tile,
             BLOCK=block,
             BLOCK_E=block_e,
-            **CARD_OPTIONS,
         )
     return tiles
 
@@ -190,15 +234,11 @@ def variants() -> Iterator[Variant]:
         shape = {"BLOCK": block, "BLOCK_E": block_e}
         for kernel, extra in (
             (count_kernel, {}),
-            (scan_kernel, {"BLOCK": _scan_block(block)}),
+            (scan_kernel, _scan(block)),
             (place_kernel, {}),
             (tile_kernel, {"ROWS": 128}),
         ):
             constants = {**shape, **extra}
-            signature = {
-                name: "*i32" if name.endswith("_ptr") else "i32"
-                for name in kernel.arg_names
-                if name not in constants
-            }
-            name = f"{kernel.__name__.removesuffix('_kernel')}-{n_experts}"
-            yield Variant(name, kernel, signature, constants)
+            warps = constants.pop("num_warps", 4)
+            name = f"{kernel.name.removesuffix('_kernel')}-{n_experts}"
+            yield variant(name, kernel, "i32", constants, {}, num_warps=warps)

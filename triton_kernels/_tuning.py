@@ -1,23 +1,31 @@
-"""Blocks of a matrix product: which fit a card, and which of them Triton shall try there.
+"""How kernels are launched: compiled for which arguments, in which blocks, on which card.
+
+Triton compiles a kernel anew for an argument that is 1 and for one that is a multiple of 16, each
+argument for itself: a second or more, for every length that happens to be one. So a ``Kernel`` here
+is compiled twice at most: for tensors whose addresses and rows are all aligned, and for any others.
+What changes from call to call, such as the number of tokens, is not looked at.
 
 On a card, ``launch`` times the few configurations that fit its shared memory once per kernel, shape
-and dtype, and keeps the fastest. All configurations of one kernel take the same steps along the
-reduction, so that which one wins should not change the order of any sum. Not yet measured on a
-card: that the lists hold the best configuration, and that the bits are the same.
+and dtype, and keeps the fastest; a folder of Triton's tells the next process. All configurations of
+one matrix product take the same steps along the reduction, so that which one wins should not change
+the order of any sum. Not yet measured on a card: that the lists hold the best configuration, and
+that the bits are the same.
 
 In Triton's interpreter nothing is timed and ``SMALL`` is launched, so that even small tests walk
 through several blocks in every direction.
 """
 
+import inspect
 import os
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache, wraps
-from typing import Any
+from statistics import median
+from typing import Any, Protocol
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 
 WORTH_TIMING = 2**30
@@ -26,9 +34,64 @@ smallest card."""
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
+TIMED_RUNS = 15
+
 CARD_OPTIONS: dict[str, Any] = {"enable_fp_fusion": True}
 """Of every launch: Triton 3.10 is to compile without fused multiply-add unless told, of which 3.9
 warns. The interpreter passes over them."""
+
+LENGTHS = ("width", "height", "hidden", "half", "depth", "stride", "words_per_split")
+"""Arguments that are lengths of rows, as ``*_stride_*`` are: multiples of 16 in every model that is
+meant to be fast."""
+
+Grid = Callable[[dict[str, Any]], tuple[int, ...]] | tuple[int, ...]
+
+
+class Kernel:
+    """A Triton kernel, compiled once for aligned tensors and once for all others."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.name = function.__name__
+        parameters = inspect.signature(function).parameters
+        self.arg_names = list(parameters)
+        # Triton refuses to hear of its constants here.
+        values = [name for name in parameters if parameters[name].annotation is not tl.constexpr]
+        self.pointers = tuple(name for name in self.arg_names if name.endswith("_ptr"))
+        self.lengths = tuple(
+            name for name in self.arg_names if name in LENGTHS or "_stride_" in name
+        )
+        told = {*self.pointers, *self.lengths}
+        free = [name for name in values if name not in told]
+        self.aligned = triton.jit(do_not_specialize=free)(function)
+        self.ragged = triton.jit(do_not_specialize=values)(function)
+
+    def suited(self, arguments: dict[str, Any]) -> Any:
+        """The compiled form for these arguments."""
+        for name in self.lengths:
+            if arguments[name] % 16:
+                return self.ragged
+        for name in self.pointers:
+            if arguments[name].data_ptr() % 16:
+                return self.ragged
+        return self.aligned
+
+    def start(self, grid: Grid, **arguments: Any) -> None:
+        """Launch it; constants and ``num_warps`` come with the other arguments."""
+        self.suited(arguments)[grid](**arguments, **CARD_OPTIONS)
+
+
+class Configuration(Protocol):
+    """How a kernel cuts its work, and what works on a piece."""
+
+    @property
+    def constants(self) -> dict[str, int]:
+        """As the kernel names them."""
+
+    @property
+    def warps(self) -> int: ...
+
+    @property
+    def stages(self) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -80,58 +143,91 @@ def on_its_card(function: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(function)
     def run(*arguments: Any, **named: Any) -> Any:
         first = next(iter((*arguments, *named.values())))
-        with torch.cuda.device(first.device) if first.is_cuda else nullcontext():
+        if not first.is_cuda or first.device.index == torch.cuda.current_device():
+            return function(*arguments, **named)
+        with torch.cuda.device(first.device):
             return function(*arguments, **named)
 
     return run
 
 
+def milliseconds(call: Callable[[], None], quantiles: Any = None) -> list[float]:
+    """How long a launch takes, the median of some. For ``triton.autotune``, whose own stopwatch
+    takes 256 MB to empty the cache with: a training step on a small card has no such memory."""
+    marks = [torch.cuda.Event(enable_timing=True) for _ in range(TIMED_RUNS + 1)]
+    call()  # compiles
+    call()
+    for mark in marks[:-1]:
+        mark.record()
+        call()
+    marks[-1].record()
+    marks[-1].synchronize()
+    return [median(one.elapsed_time(next_) for one, next_ in zip(marks, marks[1:], strict=False))]
+
+
 @cache
-def _autotuned(kernel: Any, blocks: tuple[Blocks, ...], key: tuple[str, ...]) -> Any:
+def _tuner(kernel: Any, choices: tuple[Configuration, ...], key: tuple[str, ...]) -> Any:
     configs = [
-        triton.Config(one.constants, num_warps=one.warps, num_stages=one.stages) for one in blocks
+        triton.Config(one.constants, num_warps=one.warps, num_stages=one.stages) for one in choices
     ]
-    return triton.autotune(configs=configs, key=list(key))(kernel)
+    return triton.autotune(configs, list(key), do_bench=milliseconds, cache_results=True)(kernel)
+
+
+_timed: set[tuple[object, ...]] = set()
 
 
 def launch(
-    kernel: Any,
+    kernel: Kernel,
+    choices: tuple[Configuration, ...],
+    grid: Grid,
+    key: tuple[str, ...],
+    worth_timing: bool,
+    **arguments: Any,
+) -> None:
+    """Launch ``kernel`` in the fastest configuration for the values of the arguments in ``key``.
+
+    Args:
+        kernel: must not read what it writes: it runs many times while it is timed.
+        choices: the configurations that fit the card; the first is taken where nothing is timed.
+        grid: from the constants to the number of programs.
+        key: arguments for each value of which the configurations are timed again: none that
+            changes with the number of tokens.
+        worth_timing: whether the work is large; timing and compiling takes seconds.
+        arguments: all others of the kernel.
+    """
+    if len(choices) > 1 and worth_timing:
+        suited = kernel.suited(arguments)
+        dtypes = [value.dtype for value in arguments.values() if isinstance(value, Tensor)]
+        card = torch.cuda.current_device()
+        case = (suited, choices, card, *dtypes, *(arguments[name] for name in key))
+        # Timing waits for the device, which a stream that is being captured must not.
+        if case in _timed or not torch.cuda.is_current_stream_capturing():
+            _tuner(suited, choices, key)[grid](**arguments, **CARD_OPTIONS)
+            _timed.add(case)
+            return
+    first = choices[0]
+    options = {} if INTERPRETED else {"num_warps": first.warps, "num_stages": first.stages}
+    kernel.start(grid, **arguments, **first.constants, **options)
+
+
+def launch_product(
+    kernel: Kernel,
     blocks: tuple[Blocks, ...],
-    grid: Callable[[dict[str, Any]], tuple[int, ...]],
+    grid: Grid,
     key: tuple[str, ...],
     example: Tensor,
     worth_timing: bool,
     **arguments: Any,
 ) -> None:
-    """Launch ``kernel`` in the fastest of ``blocks`` for the values of the arguments in ``key``.
-
-    Args:
-        kernel: takes ``BLOCK_M``, ``BLOCK_N`` and ``BLOCK_K``. It must not read what it writes: it
-            runs many times while it is timed.
-        blocks: the configurations; some must fit every card, and the first that does is taken
-            where nothing is timed.
-        grid: from the constants to the number of programs.
-        key: arguments for each value of which the configurations are timed again.
-        example: a tensor operand, for the card and the size of an element.
-        worth_timing: whether the product is large; timing and compiling takes seconds.
-        arguments: all others of the kernel.
-    """
-    if INTERPRETED:
-        kernel[grid](**arguments, **blocks[0].constants, **CARD_OPTIONS)
-        return
-    limit = shared_memory(example.device.index)
-    fits = fitting(blocks, example.element_size(), limit)
-    # Timing waits for the device, which a stream that is being captured must not.
-    if worth_timing and len(fits) > 1 and not torch.cuda.is_current_stream_capturing():
-        _autotuned(kernel, fits, key)[grid](**arguments, **CARD_OPTIONS)
-        return
-    first = fits[0]
-    options = {"num_warps": first.warps, "num_stages": first.stages, **CARD_OPTIONS}
-    kernel[grid](**arguments, **first.constants, **options)
+    """``launch`` in those of ``blocks`` that fit the card of ``example``, a tensor operand."""
+    if not INTERPRETED:
+        limit = shared_memory(example.device.index)
+        blocks = fitting(blocks, example.element_size(), limit)
+    launch(kernel, blocks, grid, key, worth_timing and not INTERPRETED, **arguments)
 
 
 def row_shape(width: int) -> dict[str, int]:
     """Rows and columns of a program that walks along rows: eight numbers for each thread of four
     warps, 16 bytes of the 16-bit ones."""
-    columns = min(triton.next_power_of_2(width), 1024)
+    columns = min(triton.next_power_of_2(max(width, 1)), 1024)
     return {"ROWS": min(1024 // columns, 64), "COLUMNS": columns}

@@ -9,11 +9,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from pyllm.triton_kernels._tuning import Blocks
+from pyllm.triton_kernels._tuning import Blocks, Kernel
 
 ITEM_SIZES = {"fp32": 4, "bf16": 2, "fp16": 2, "fp64": 8}
-ALIGNED_SIZES = ("width", "height", "hidden", "depth", "stride", "words_per_split")
-"""Lengths of rows, multiples of 16 in every model that is meant to be fast."""
 
 
 @dataclass(frozen=True)
@@ -22,8 +20,7 @@ class Variant:
 
     name: str
     """Of kernel and configuration, for a report."""
-    kernel: Any
-    """The ``triton.JITFunction`` itself, not an autotuner around it."""
+    kernel: Kernel
     signature: dict[str, str]
     """Argument -> Triton's name of its type: ``*fp16``, ``i32``, ``fp32``."""
     constants: dict[str, Any]
@@ -32,9 +29,10 @@ class Variant:
     num_stages: int = 3
     mma: bool = False
     """Whether the PTX must hold a tensor-core instruction."""
-    aligned: tuple[str, ...] = ()
-    """Arguments that are multiples of 16: pointers in bytes, sizes in elements. Triton finds out at
-    a call; only such rows are copied to shared memory in the background (``cp.async``)."""
+    aligned: bool = True
+    """Whether pointers (in bytes) and lengths of rows (in elements) are multiples of 16, as Triton
+    finds out at a call; only such rows are copied to shared memory in the background
+    (``cp.async``)."""
     shared: int = 0
     """Bytes of shared memory below which the launcher does not choose this configuration on a card;
     0: it is chosen on every card."""
@@ -42,7 +40,7 @@ class Variant:
 
 def variant(
     name: str,
-    kernel: Any,
+    kernel: Kernel,
     dtype: str,
     constants: Mapping[str, Any],
     types: Mapping[str, str],
@@ -50,21 +48,19 @@ def variant(
 ) -> Variant:
     """A variant whose signature follows from the names of the kernel's arguments.
 
-    ``*_ptr`` points to ``dtype``, unless ``types`` says otherwise, and all else is an ``i32``. All
-    pointers and ``ALIGNED_SIZES`` are taken for aligned.
+    ``*_ptr`` points to ``dtype``, unless ``types`` says otherwise, and all else is an ``i32``.
     """
     names = [each for each in kernel.arg_names if each not in constants]
     signature = {
         each: types.get(each, f"*{dtype}" if each.endswith("_ptr") else "i32") for each in names
     }
-    aligned = tuple(each for each in names if each.endswith("_ptr") or each in ALIGNED_SIZES)
     known = {each: constants[each] for each in kernel.arg_names if each in constants}
-    return Variant(name, kernel, signature, known, aligned=aligned, **options)
+    return Variant(name, kernel, signature, known, **options)
 
 
 def products(
     name: str,
-    kernel: Any,
+    kernel: Kernel,
     dtype: str,
     blocks: tuple[Blocks, ...],
     constants: Mapping[str, Any],

@@ -8,7 +8,7 @@ kv head, so that nothing is added across programs: no atomics, the same bits eve
 causal triangle and outside the window are never touched; only blocks on an edge pay for a mask.
 
 float16, bfloat16 and float32 (by exact products, no TF32) with heads of at most 256 channels; what
-else comes is handed to the reference, and said once.
+else comes is another face's, see ``unserved``.
 
 Not proven without a GPU: that the fastest configuration is among those listed, and that anything is
 fast at all; the hardware's exp2 and log2, which are approximations; the tuner itself and the
@@ -17,7 +17,6 @@ visited, spills, shared memory and tensor-core instructions.
 """
 
 import math
-import warnings
 from collections.abc import Iterator
 from functools import cache
 from typing import Any
@@ -36,15 +35,14 @@ from pyllm.triton_kernels._attention_blocks import (
 from pyllm.triton_kernels._attention_choices import Choice, choices
 from pyllm.triton_kernels._attention_gradients import delta_kernel, dk_dv_kernel, dq_kernel
 from pyllm.triton_kernels._tuning import (
-    CARD_OPTIONS,
     INTERPRETED,
+    Kernel,
+    launch,
     on_its_card,
     shared_memory,
 )
 from pyllm.triton_kernels._variants import Variant
 from torch import Tensor
-
-from pyllm.reference import attention as reference
 
 WIDEST_HEAD = 256
 LARGEST_STRIDE = 2**23
@@ -52,6 +50,8 @@ LARGEST_STRIDE = 2**23
 MOST_POSITIONS = 2**29
 LARGEST_SCALE = 1e30
 DELTA_ROWS = 64
+WHOLE_BLOCKS = 128
+"""Queries; every block of them is a divisor of it."""
 WORTH_TIMING = 2**24
 """Pairs of a query and a key, over all heads, from which the choices are timed: about 0.1 ms."""
 
@@ -108,7 +108,7 @@ def _attend(
     return y, new, total * shrink + tl.sum(p, axis=1)
 
 
-@triton.jit(do_not_specialize=["situation"])
+@Kernel
 def forward_kernel(
     q_ptr,  # (B, T, H, K) with adjacent channels
     k_ptr,  # (B, S, G, K) with adjacent channels
@@ -221,25 +221,23 @@ def forward_kernel(
     tl.store(lse_ptr + rows, lse, mask=rows < n_queries)
 
 
-def _serves(q: Tensor, k: Tensor, scale: float) -> bool:
-    """What is not served is said once, but for float64: nobody trains in it."""
-    width, positions = q.shape[3], q.shape[1] + k.shape[1]
+def unserved(stage: str, *arguments: Any) -> str | None:
+    """Why a call is not served: by its dtype, its heads, or sizes beyond the kernels' integers."""
+    q, k = arguments[:2] if stage == "forward" else arguments[1:3]
+    scale = arguments[3 if stage == "forward" else 6]
+    n_heads, width = q.shape[2:]
+    positions = q.shape[1] + k.shape[1]
     if q.dtype == torch.float64:
-        return False
-    if width > WIDEST_HEAD:
-        _say_once(f"heads of {width} channels, and serves at most {WIDEST_HEAD}")
-        return False
-    if positions > MOST_POSITIONS or abs(scale) > LARGEST_SCALE:
-        _say_once(f"{positions} positions with a scale of {scale:g}")
-        return False
-    return width > 0
-
-
-@cache
-def _say_once(what: str) -> None:
-    warnings.warn(
-        f"attention: the triton face got {what}; the reference computes it, slowly", stacklevel=4
-    )
+        return "no float64"
+    if not 0 < width <= WIDEST_HEAD:
+        return f"heads of {width} channels, not 1 to {WIDEST_HEAD}"
+    if n_heads * width >= LARGEST_STRIDE:
+        return f"{n_heads} heads of {width} channels, {LARGEST_STRIDE} numbers or more"
+    if positions > MOST_POSITIONS:
+        return f"{positions} positions, more than {MOST_POSITIONS}"
+    if abs(scale) > LARGEST_SCALE:
+        return f"a scale of {scale:g}, beyond {LARGEST_SCALE:g}"
+    return None
 
 
 def _adjacent(x: Tensor) -> Tensor:
@@ -267,38 +265,25 @@ def _sizes(q: Tensor) -> dict[str, Any]:
 
 
 def _strides(**tensors: Tensor) -> dict[str, int]:
-    """``q_stride_b`` and so on, of all dimensions but the channels."""
+    """``q_stride_b`` and so on, of all dimensions but the channels; 0 where there is one place,
+    which then is aligned, wherever the next one would be."""
     return {
-        f"{name}_stride_{dimension}": stride
+        f"{name}_stride_{dimension}": stride if size > 1 else 0
         for name, tensor in tensors.items()
-        for dimension, stride in zip(
-            "bsg" if name in "kv" else "bth", tensor.stride()[:3], strict=True
+        for dimension, stride, size in zip(
+            "bsg" if name in "kv" else "bth", tensor.stride(), tensor.shape, strict=False
         )
     }
 
 
 @cache
-def _fitting(kernel: Any, block_k: int, whole: bool, wide: bool, device: int) -> tuple[Choice, ...]:
-    """The choices that fit the card."""
-    found = choices(kernel.__name__, block_k, whole, wide)
+def _fitting(name: str, block_k: int, whole: bool, wide: bool, device: int) -> tuple[Choice, ...]:
+    """The choices of a kernel that fit the card."""
+    found = choices(name, block_k, whole, wide)
     return tuple(one for one in found if one.shared <= shared_memory(device))
 
 
-@cache
-def _tuner(kernel: Any, chosen_from: tuple[Choice, ...]) -> Any:
-    """Times the choices once for each situation; a folder of Triton's keeps what won, so that the
-    next process computes the same bits."""
-    configs = [
-        triton.Config(one.blocks, num_warps=one.num_warps, num_stages=one.num_stages)
-        for one in chosen_from
-    ]
-    return triton.autotune(configs, key=["situation", "BLOCK_K"], cache_results=True)(kernel)
-
-
-_timed: set[tuple[object, ...]] = set()
-
-
-def _launch(kernel: Any, rows: int, by: str, heads: int, arguments: dict[str, Any]) -> None:
+def _launch(kernel: Kernel, rows: int, by: str, heads: int, arguments: dict[str, Any]) -> None:
     """A program for each block of ``rows`` of each of ``heads``; ``by`` names the block's size.
 
     They lie along the first dimension of the grid, which alone may pass 65,535.
@@ -309,23 +294,13 @@ def _launch(kernel: Any, rows: int, by: str, heads: int, arguments: dict[str, An
         return (heads * triton.cdiv(rows, blocks[by]),)
 
     if INTERPRETED:
-        arguments = {**arguments, **INTERPRETED_BLOCKS, "UPCAST": q.dtype == torch.bfloat16}
-        kernel[grid](**arguments, **CARD_OPTIONS)
+        upcast = q.dtype == torch.bfloat16
+        kernel.start(grid, **arguments, **INTERPRETED_BLOCKS, UPCAST=upcast)
         return
-    arguments = {**arguments, "UPCAST": False, **CARD_OPTIONS}
-    found = _fitting(kernel, block_k, whole, q.dtype == torch.float32, q.device.index)
+    found = _fitting(kernel.name, block_k, whole, q.dtype == torch.float32, q.device.index)
     pairs = arguments["n_queries"] * arguments["n_keys"] * q.shape[0] * q.shape[2]
-    situation = (kernel, q.device.index, q.dtype, block_k, whole, arguments["situation"])
-    # Timing waits for the device, which a stream that is being captured must not.
-    if situation not in _timed and (
-        len(found) == 1 or pairs < WORTH_TIMING or torch.cuda.is_current_stream_capturing()
-    ):
-        first = found[0]
-        options = {"num_warps": first.num_warps, "num_stages": first.num_stages}
-        kernel[grid](**arguments, **first.blocks, **options)
-        return
-    _tuner(kernel, found)[grid](**arguments)
-    _timed.add(situation)
+    key = ("situation", "BLOCK_K")
+    launch(kernel, found, grid, key, pairs >= WORTH_TIMING, **arguments, UPCAST=False)
 
 
 @on_its_card
@@ -339,8 +314,6 @@ def attention_forward(
     sinks: int,
 ) -> tuple[Tensor, Tensor]:
     """See :func:`pyllm.reference.attention.attention_forward`."""
-    if not _serves(q_BTHK, k_BSGK, scale):
-        return reference.attention_forward(q_BTHK, k_BSGK, v_BSGK, scale, causal, window, sinks)
     batch, n_queries, n_heads, _ = q_BTHK.shape
     y_BTHK = torch.empty_like(q_BTHK, memory_format=torch.contiguous_format)
     lse_BHT = q_BTHK.new_empty((batch, n_heads, n_queries), dtype=torch.float32)
@@ -382,10 +355,6 @@ def attention_backward(
     sinks: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See :func:`pyllm.reference.attention.attention_backward`."""
-    if not _serves(q_BTHK, k_BSGK, scale):
-        return reference.attention_backward(
-            dy_BTHK, q_BTHK, k_BSGK, v_BSGK, y_BTHK, lse_BHT, scale, causal, window, sinks
-        )
     dq_BTHK, dk_BSGK, dv_BSGK = (
         torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q_BTHK, k_BSGK, v_BSGK)
     )
@@ -395,37 +364,39 @@ def attention_backward(
     dy, q = _adjacent(dy_BTHK.to(q_BTHK.dtype)), _adjacent(q_BTHK)
     k, v, y = _adjacent(k_BSGK), _adjacent(v_BSGK), _adjacent(y_BTHK)
     lse_BHT = lse_BHT.contiguous()
-    delta_BHT, base_BHT = torch.empty_like(lse_BHT), torch.empty_like(lse_BHT)
+    rows = triton.cdiv(n_queries, WHOLE_BLOCKS) * WHOLE_BLOCKS
+    delta_BHR, base_BHR = lse_BHT.new_empty(2, batch, n_heads, rows).unbind()
     arguments = {
         "dy_ptr": dy,
         "q_ptr": q,
         "k_ptr": k,
         "v_ptr": v,
-        "delta_ptr": delta_BHT,
-        "base_ptr": base_BHT,
+        "delta_ptr": delta_BHR,
+        "base_ptr": base_BHR,
         "scale": scale,
         "scale_2": scale / math.log(2),
         "n_queries": n_queries,
         "n_keys": n_keys,
         "share": n_heads // n_groups,
         **_strides(dy=dy, q=q, k=k, v=v),
+        "delta_stride_h": rows,
         **_sizes(q),
         **_sight(q, k, causal, window, sinks),
     }
-    delta_kernel[(batch * n_heads * triton.cdiv(n_queries, DELTA_ROWS),)](
-        dy,
-        y,
-        lse_BHT,
-        delta_BHT,
-        base_BHT,
-        *dy.stride()[:3],
-        *y.stride()[:3],
-        scale,
-        n_queries,
-        n_heads,
+    delta_kernel.start(
+        (batch * n_heads * (rows // DELTA_ROWS),),
+        dy_ptr=dy,
+        y_ptr=y,
+        lse_ptr=lse_BHT,
+        delta_ptr=delta_BHR,
+        base_ptr=base_BHR,
+        **_strides(dy=dy, y=y),
+        delta_stride_h=rows,
+        scale=scale,
+        n_queries=n_queries,
+        n_heads=n_heads,
         **_sizes(q),
         BLOCK_M=DELTA_ROWS,
-        **CARD_OPTIONS,
     )
     to_dq = {**arguments, "dq_ptr": dq_BTHK, "n_heads": n_heads}
     _launch(dq_kernel, n_queries, "BLOCK_M", batch * n_heads, to_dq)
@@ -441,12 +412,12 @@ def variants(dtype: str) -> Iterator[Variant]:
         block_k = triton.next_power_of_2(width)
         fixed = {"BLOCK_K": block_k, "WHOLE_K": block_k == width}
         for kernel in kernels:
-            for one in choices(kernel.__name__, block_k, block_k == width, dtype == "fp32"):
-                yield _variant(kernel, dtype, one, {**fixed, **one.blocks, "UPCAST": False})
+            for one in choices(kernel.name, block_k, block_k == width, dtype == "fp32"):
+                yield _variant(kernel, dtype, one, {**fixed, **one.constants, "UPCAST": False})
         yield _variant(delta_kernel, dtype, Choice(64, 0, 4, 3), {**fixed, "BLOCK_M": DELTA_ROWS})
 
 
-def _variant(kernel: Any, dtype: str, choice: Choice, constants: dict[str, Any]) -> Variant:
+def _variant(kernel: Kernel, dtype: str, choice: Choice, constants: dict[str, Any]) -> Variant:
     def argument_type(name: str) -> str:
         if name in ("lse_ptr", "delta_ptr", "base_ptr"):
             return "*fp32"
@@ -456,13 +427,12 @@ def _variant(kernel: Any, dtype: str, choice: Choice, constants: dict[str, Any])
 
     names = [name for name in kernel.arg_names if name not in constants]
     return Variant(
-        "-".join([kernel.__name__, *(str(value) for value in constants.values())]),
+        "-".join([kernel.name, *(str(value) for value in constants.values())]),
         kernel,
         {name: argument_type(name) for name in names},
         constants,
-        num_warps=choice.num_warps,
-        num_stages=choice.num_stages,
+        num_warps=choice.warps,
+        num_stages=choice.stages,
         mma=dtype != "fp32" and kernel is not delta_kernel,
-        aligned=tuple(n for n in names if n.endswith("_ptr") or "_stride_" in n or n == "width"),
         shared=choice.shared,
     )

@@ -20,11 +20,10 @@ import torch
 import triton
 from pyllm.triton_kernels import _lce_kernels as kernels
 from pyllm.triton_kernels._tuning import (
-    CARD_OPTIONS,
     INTERPRETED,
     WORTH_TIMING,
     Blocks,
-    launch,
+    launch_product,
     on_its_card,
     row_shape,
 )
@@ -82,7 +81,7 @@ def linear_cross_entropy_forward(
     sums = torch.empty_like(maxima)
     # A target that is no word finds no logit, and its loss is NaN.
     picked_N = torch.full_like(loss_N, float("nan"))
-    launch(
+    launch_product(
         kernels.span_kernel,
         _choices(SPANS, x_ND),
         lambda c: (triton.cdiv(n_rows, c["BLOCK_M"]) * n_spans,),
@@ -101,19 +100,19 @@ def linear_cross_entropy_forward(
         SPAN=SPAN,
         **_constants(x_ND),
     )
-    kernels.loss_kernel[(triton.cdiv(n_rows, 128),)](
-        maxima,
-        sums,
-        picked_N,
-        targets_N,
-        loss_N,
-        lse_N,
-        n_rows,
-        n_spans,
-        ignore_index,
+    kernels.loss_kernel.start(
+        (triton.cdiv(n_rows, 128),),
+        maximum_ptr=maxima,
+        sum_ptr=sums,
+        picked_ptr=picked_N,
+        targets_ptr=targets_N,
+        loss_ptr=loss_N,
+        lse_ptr=lse_N,
+        n_rows=n_rows,
+        n_spans=n_spans,
+        ignore_index=ignore_index,
         BLOCK=128,
         DOUBLE=x_ND.dtype == torch.float64,
-        **CARD_OPTIONS,
     )
     return loss_N, lse_N
 
@@ -140,7 +139,7 @@ def linear_cross_entropy_backward(
     scaled_ND = torch.empty_like(x_ND)
     _scale(x_ND.unsqueeze(0), dloss_N, largest, targets_N, scaled_ND, ignore_index, relative=True)
 
-    slab = min(_words_of_slab(x_ND), triton.cdiv(n_words, 16) * 16)
+    slab = min(_words_of_slab(x_ND), triton.cdiv(max(n_words, 1), 16) * 16)
     splits = _splits(n_rows, width, slab, x_ND)
     # Whole blocks of the sum, so that no configuration cuts one in two.
     words_per_split = triton.cdiv(triton.cdiv(slab, splits), 64) * 64
@@ -151,11 +150,11 @@ def linear_cross_entropy_backward(
         words = weight_VD[first : first + slab]
         size = words.shape[0]
         worth_timing = n_rows * width * size >= WORTH_TIMING
-        launch(
+        launch_product(
             kernels.logit_gradient_kernel,
             _choices(PRODUCTS, x_ND),
             lambda c, size=size: (_blocks(n_rows, c["BLOCK_M"], size, c["BLOCK_N"]),),
-            ("width", "stride"),
+            ("width",),
             x_ND,
             worth_timing,
             x_ptr=x_ND,
@@ -168,7 +167,7 @@ def linear_cross_entropy_backward(
             ignore_index=ignore_index,
             **common,
         )
-        launch(
+        launch_product(
             kernels.row_gradient_kernel,
             _choices(ROW_GRADIENT, x_ND),
             lambda c: (_blocks(n_rows, c["BLOCK_M"], width, c["BLOCK_N"]), splits),
@@ -182,11 +181,11 @@ def linear_cross_entropy_backward(
             words_per_split=words_per_split,
             **common,
         )
-        launch(
+        launch_product(
             kernels.word_gradient_kernel,
             _choices(PRODUCTS, x_ND),
             lambda c, size=size: (_blocks(size, c["BLOCK_M"], width, c["BLOCK_N"]),),
-            ("width", "stride"),
+            ("width",),
             x_ND,
             worth_timing,
             dz_ptr=dz,
@@ -238,7 +237,7 @@ def _splits(n_rows: int, width: int, slab: int, x_ND: Tensor) -> int:
     if INTERPRETED:
         return 2
     blocks = ROW_GRADIENT[x_ND.element_size()][0]
-    programs = _blocks(n_rows, blocks.m, width, blocks.n)
+    programs = max(_blocks(n_rows, blocks.m, width, blocks.n), 1)
     wanted = 2 * torch.cuda.get_device_properties(x_ND.device).multi_processor_count
     return max(min(triton.cdiv(wanted, programs), MOST_SPLITS, slab // 1024), 1)
 
@@ -256,22 +255,20 @@ def _scale(
     """Each row of ``parts``, added up, times its ``dloss`` (``relative``: over the largest)."""
     n_parts, n_rows, width = parts_PND.shape
     shape = row_shape(width)
-    kernels.scale_kernel[
-        (triton.cdiv(n_rows, shape["ROWS"]), triton.cdiv(width, shape["COLUMNS"]))
-    ](
-        parts_PND,
-        dloss_N,
-        largest,
-        targets_N,
-        out_ND,
-        n_rows,
-        n_parts,
-        width,
-        ignore_index,
+    kernels.scale_kernel.start(
+        (triton.cdiv(n_rows, shape["ROWS"]), triton.cdiv(width, shape["COLUMNS"])),
+        rows_ptr=parts_PND,
+        dloss_ptr=dloss_N,
+        largest_ptr=largest,
+        targets_ptr=targets_N,
+        out_ptr=out_ND,
+        n_rows=n_rows,
+        n_parts=n_parts,
+        width=width,
+        ignore_index=ignore_index,
         RELATIVE=relative,
         DOUBLE=dloss_N.dtype == torch.float64,
         **shape,
-        **CARD_OPTIONS,
     )
 
 

@@ -27,12 +27,11 @@ import triton
 from pyllm.triton_kernels import _moe_kernels as kernels
 from pyllm.triton_kernels import _routing
 from pyllm.triton_kernels._tuning import (
-    CARD_OPTIONS,
     INTERPRETED,
     SMALL,
     WORTH_TIMING,
     Blocks,
-    launch,
+    launch_product,
     on_its_card,
     row_shape,
 )
@@ -90,6 +89,16 @@ LEAST_BACKWARD_ROWS = 32
 """Training has more rows than decoding: the backward has no lower row blocks."""
 
 
+MOST_EXPERTS = 65535
+"""The second dimension of a grid ends there."""
+
+
+def unserved(stage: str, *arguments: Any) -> str | None:
+    """Why a call is not served: each expert is a row of programs in the backward's grid."""
+    n_experts = arguments[2 if stage == "forward" else 3].shape[0]
+    return None if n_experts <= MOST_EXPERTS else f"{n_experts} experts, more than {MOST_EXPERTS}"
+
+
 def rows_of_block(n_rows: int, n_experts: int, sizes: Any, least: int = 0) -> int:
     """How tall a row block is: one for an average expert if it is small, then the tallest."""
     if INTERPRETED:
@@ -122,7 +131,7 @@ def moe_ffn_forward(
     block_m = rows_of_block(n_rows, n_experts, ROWS[size])
     tiles = _routing.list_tiles(offsets_E1, n_rows, block_m)
     h_RF = x_ND.new_empty(n_rows, hidden)
-    launch(
+    launch_product(
         kernels.up_kernel,
         _choices(UP_GATED if gated else UP_PLAIN, size, block_m),
         lambda c: (tiles.shape[1] * triton.cdiv(hidden, c["BLOCK_N"]),),
@@ -183,20 +192,20 @@ def moe_ffn_backward(
     _multiply_rows(dy_ND, w_out_EDF, dh_RF, by_column=False, by_token=top_k, **rows)
     dpre_RF = torch.empty_like(pre_RF)
     shape = row_shape(hidden)
-    kernels.activation_gradient_kernel[(triton.cdiv(n_rows, shape["ROWS"]),)](
-        dh_RF,
-        pre_RF,
-        weights_NA,
-        dpre_RF,
-        dweights_NA,
-        order_R,
-        offsets_E1,
-        n_experts,
-        hidden,
+    kernels.activation_gradient_kernel.start(
+        (triton.cdiv(n_rows, shape["ROWS"]),),
+        dh_ptr=dh_RF,
+        pre_ptr=pre_RF,
+        weights_ptr=weights_NA,
+        dpre_ptr=dpre_RF,
+        dweights_ptr=dweights_NA,
+        order_ptr=order_R,
+        offsets_ptr=offsets_E1,
+        n_experts=n_experts,
+        hidden=hidden,
         GATED=activation == "swiglu",
         DOUBLE=x_ND.dtype == torch.float64,
         **shape,
-        **CARD_OPTIONS,
     )
     h_RF = dh_RF  # by now times their routing weights
     _weight_gradient(dy_ND, h_RF, dw_out, order_R, offsets_E1, top_k, left_by_token=True)
@@ -236,7 +245,7 @@ def _multiply_rows(
     ``a`` has sorted rows, or with ``by_token`` (the experts of a token) those of the tokens.
     """
     width = out_RD.shape[1]
-    launch(
+    launch_product(
         kernels.rows_kernel,
         _choices(ROWS, a.element_size(), block_m),
         lambda c: (tiles.shape[1] * triton.cdiv(width, c["BLOCK_N"]),),
@@ -269,7 +278,7 @@ def _weight_gradient(
     left_by_token: bool,
 ) -> None:
     n_experts, height, width = out.shape
-    launch(
+    launch_product(
         kernels.weight_gradient_kernel,
         (SMALL,) if INTERPRETED else WEIGHT_GRADIENT[left.element_size()],
         lambda c: (
@@ -297,20 +306,18 @@ def _combine(
 ) -> None:
     n_tokens, width = out_ND.shape
     shape = row_shape(width)
-    kernels.combine_kernel[
-        (triton.cdiv(n_tokens, shape["ROWS"]), triton.cdiv(width, shape["COLUMNS"]))
-    ](
-        rows_RD,
-        position_NA if weights_NA is None else weights_NA.contiguous(),
-        position_NA,
-        out_ND,
-        n_tokens,
-        width,
-        position_NA.shape[1],
+    kernels.combine_kernel.start(
+        (triton.cdiv(n_tokens, shape["ROWS"]), triton.cdiv(width, shape["COLUMNS"])),
+        rows_ptr=rows_RD,
+        weights_ptr=position_NA if weights_NA is None else weights_NA.contiguous(),
+        position_ptr=position_NA,
+        out_ptr=out_ND,
+        n_tokens=n_tokens,
+        width=width,
+        top_k=position_NA.shape[1],
         WEIGHTED=weights_NA is not None,
         DOUBLE=out_ND.dtype == torch.float64,
         **shape,
-        **CARD_OPTIONS,
     )
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from pyllm.triton_kernels._tuning import CARD_OPTIONS, on_its_card
+from pyllm.triton_kernels._tuning import Kernel, on_its_card
 from pyllm.triton_kernels._variants import Variant
 from torch import Tensor
 
@@ -20,18 +20,19 @@ LONGEST_ROW = 16384
 """Above this a row no longer fits the registers of one forward program."""
 WHOLE_ROW = 4096
 """Above this the backward would spill: 2.4 kB a thread at 16,384 columns on sm_80."""
-MOST_BLOCKS = 512
-"""At most this many partial sums of dweight: a few for every multiprocessor of any card."""
+MOST_BLOCKS, MOST_PARTIALS = 512, 2**20
+"""At most so many partial sums of dweight, or four times as many of short rows: of those, a few
+blocks keep too little of a multiprocessor's memory traffic in flight."""
 
 
-@triton.jit
+@Kernel
 def forward_kernel(
     x_ptr,  # (N, D) contiguous
     weight_ptr,  # (D,)
     y_ptr,  # (N, D)
     rstd_ptr,  # (N,) in the accumulation dtype
     width,
-    eps,
+    eps: tl.float64,  # a Python number is else a float32, and no sum of float64 gets it back
     BLOCK_D: tl.constexpr,
     DOUBLE: tl.constexpr,
 ):
@@ -41,13 +42,13 @@ def forward_kernel(
     inside = columns < width
     x = tl.load(x_ptr + row * width + columns, mask=inside, other=0.0).to(ACC)
     weight = tl.load(weight_ptr + columns, mask=inside, other=0.0).to(ACC)
-    rstd = 1.0 / tl.sqrt(tl.sum(x * x, axis=0) / width + eps)
+    rstd = 1.0 / tl.sqrt((tl.sum(x * x, axis=0) / width + eps).to(ACC))
     tl.store(rstd_ptr + row, rstd)
     y = x * rstd * weight
     tl.store(y_ptr + row * width + columns, y.to(y_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@Kernel
 def backward_kernel(
     dy_ptr,  # (N, D) contiguous
     x_ptr,  # (N, D) contiguous
@@ -81,7 +82,7 @@ def backward_kernel(
     tl.store(partial_ptr + block * width + columns, dweight, mask=inside)
 
 
-@triton.jit
+@Kernel
 def tiled_backward_kernel(
     dy_ptr,  # as in backward_kernel
     x_ptr,
@@ -142,23 +143,31 @@ def backward_kernel_for(width: int) -> tuple[Any, dict[str, int]]:
     return tiled_backward_kernel, {"BLOCK_D": 2048, "num_warps": 8}
 
 
-def _check_width(width: int) -> None:
-    if width > LONGEST_ROW:
-        raise ValueError(f"rms_norm: triton serves rows up to {LONGEST_ROW}, got {width}")
+def unserved(stage: str, *arguments: Any) -> str | None:
+    """Why a call is not served: a row is longer than the registers of a program."""
+    width = arguments[0].shape[-1]
+    return None if width <= LONGEST_ROW else f"rows of {width} numbers, more than {LONGEST_ROW}"
 
 
 @on_its_card
 def rms_norm_forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """See :func:`pyllm.reference.rms_norm.rms_norm_forward`."""
-    _check_width(x.shape[-1])
     width = x.shape[-1]
     double = x.dtype == torch.float64
     x, weight = x.contiguous(), weight.contiguous()
     y = torch.empty_like(x)
     rstd = x.new_empty(x.shape[:-1], dtype=torch.float64 if double else torch.float32)
     if rstd.numel() and width:
-        forward_kernel[(rstd.numel(),)](
-            x, weight, y, rstd, width, eps, DOUBLE=double, **launch_options(width), **CARD_OPTIONS
+        forward_kernel.start(
+            (rstd.numel(),),
+            x_ptr=x,
+            weight_ptr=weight,
+            y_ptr=y,
+            rstd_ptr=rstd,
+            width=width,
+            eps=eps,
+            DOUBLE=double,
+            **launch_options(width),
         )
     return y, rstd
 
@@ -171,23 +180,24 @@ def rms_norm_backward(dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor) -> tu
     dx = torch.empty_like(x)
     if rows == 0 or width == 0:
         return dx, torch.zeros_like(weight)
-    rows_per_block = triton.cdiv(rows, MOST_BLOCKS)
+    most = min(max(MOST_PARTIALS // width, MOST_BLOCKS), 4 * MOST_BLOCKS)
+    rows_per_block = triton.cdiv(rows, most)
     blocks = triton.cdiv(rows, rows_per_block)
     partial = torch.zeros(blocks, width, dtype=rstd.dtype, device=x.device)
     kernel, options = backward_kernel_for(width)
-    kernel[(blocks,)](
-        dy,
-        x,
-        weight,
-        rstd,
-        dx,
-        partial,
-        rows,
-        width,
-        rows_per_block,
+    kernel.start(
+        (blocks,),
+        dy_ptr=dy,
+        x_ptr=x,
+        weight_ptr=weight,
+        rstd_ptr=rstd,
+        dx_ptr=dx,
+        partial_ptr=partial,
+        rows=rows,
+        width=width,
+        rows_per_block=rows_per_block,
         DOUBLE=rstd.dtype == torch.float64,
         **options,
-        **CARD_OPTIONS,
     )
     return dx, partial.sum(0).to(weight.dtype)
 
@@ -206,7 +216,7 @@ def variants(dtype: str) -> Iterator[Variant]:
                 "y_ptr": pointer,
                 "rstd_ptr": "*fp32",
                 "width": "i32",
-                "eps": "fp32",
+                "eps": "fp64",
             },
             {"BLOCK_D": options["BLOCK_D"], "DOUBLE": False},
             num_warps=options["num_warps"],

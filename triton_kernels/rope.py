@@ -9,11 +9,12 @@ Not proven without a GPU: its speed, for which only the bytes moved speak.
 
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
-from pyllm.triton_kernels._tuning import CARD_OPTIONS, on_its_card
+from pyllm.triton_kernels._tuning import Kernel, on_its_card
 from pyllm.triton_kernels._variants import Variant
 from torch import Tensor
 
@@ -26,7 +27,7 @@ LARGEST_STRIDE = 2**23
 MOST_TOGETHER = 256
 
 
-@triton.jit
+@Kernel
 def turn_kernel(
     x_ptr,  # (B, T, H, 2 * half) with adjacent channels
     cos_ptr,  # (T, half), or (B, T, half) with table_stride_b = T * half; contiguous
@@ -88,6 +89,14 @@ def tile(n_heads: int, half: int) -> dict[str, int]:
     }
 
 
+def unserved(stage: str, *arguments: Any) -> str | None:
+    """Why a call is not served: no copy brings its tokens near enough for offsets of 32 bits."""
+    n_heads, width = arguments[0].shape[2:]
+    if n_heads * width < LARGEST_STRIDE:
+        return None
+    return f"{n_heads} heads of {width} channels, {LARGEST_STRIDE} numbers or more"
+
+
 @on_its_card
 def _turn(x_BTHK: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> Tensor:
     batch, n_tokens, n_heads, width = x_BTHK.shape
@@ -105,20 +114,22 @@ def _turn(x_BTHK: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> Tensor:
         * (n_heads // blocks["HEADS"])
         * triton.cdiv(half, blocks["BLOCK"])
     )
-    turn_kernel[(programs,)](
-        x,
-        cos,
-        sin,
-        y_BTHK,
-        *x.stride()[:3],
-        n_tokens * half if cos.dim() == 3 else 0,
-        n_tokens,
-        n_heads,
-        half,
+    turn_kernel.start(
+        (programs,),
+        x_ptr=x,
+        cos_ptr=cos,
+        sin_ptr=sin,
+        y_ptr=y_BTHK,
+        x_stride_b=x.stride(0),
+        x_stride_t=x.stride(1),
+        x_stride_h=x.stride(2),
+        table_stride_b=n_tokens * half if cos.dim() == 3 else 0,
+        n_tokens=n_tokens,
+        n_heads=n_heads,
+        half=half,
         INVERSE=inverse,
         DOUBLE=x.dtype == torch.float64,
         **blocks,
-        **CARD_OPTIONS,
     )
     return y_BTHK
 
@@ -145,5 +156,5 @@ def variants(dtype: str) -> Iterator[Variant]:
             turn_kernel,
             {**types, **dict.fromkeys(names[4:], "i32")},
             {"INVERSE": half == 32, "DOUBLE": False, **tile(n_heads, half)},
-            aligned=tuple(n for n in names[:8] if half % 16 == 0) + ("half",) * (half % 16 == 0),
+            aligned=half % 16 == 0,
         )

@@ -71,6 +71,12 @@ def _upstreams(case: OpCase, outputs: Values, seed: int) -> dict[str, Tensor]:
     }
 
 
+def unserved(face: Any, inputs: Arguments) -> str | None:
+    """Why a face leaves a call with these inputs to the next one; None for a face that takes it."""
+    function = getattr(face, "unserved", None)
+    return None if function is None else function("forward", *inputs.values())
+
+
 def run_forward(case: OpCase, face: Any, inputs: Arguments) -> dict[str, Tensor]:
     """The outputs of ``<op>_forward`` by name, among them the inputs it writes to.
 

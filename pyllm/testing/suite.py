@@ -26,6 +26,7 @@ from pyllm.testing.check import (
     run_door,
     run_face,
     survives,
+    unserved,
 )
 from pyllm.testing.declaration import Arguments, Mutant, OpCase, Operation
 from pyllm.testing.layouts import LAYOUTS
@@ -107,6 +108,18 @@ class TinySuite:
         """The door on ``inputs``; all of its outputs."""
         return self.operation.call(type(self).door, inputs, face)
 
+    def serving(self, face: str, case: OpCase, dtype: torch.dtype) -> Any:
+        """The face's module.
+
+        Raises:
+            SkipTest: it leaves this case to the next face, with its reason.
+        """
+        module = type(self).find_face(self.operation.name, face)
+        reason = unserved(module, case.make_inputs(dtype)) if hasattr(module, "unserved") else None
+        if reason is not None:
+            raise SkipTest(f"the {face} face leaves this to the next one: {reason}")
+        return module
+
     def differentiable(self, inputs: Arguments) -> Arguments:
         """The same inputs, those with a gradient as leaves that require it."""
         leaves = {name: inputs[name].detach().requires_grad_() for name in self.operation.gradients}
@@ -167,7 +180,7 @@ class ForwardSuite(TinySuite):
     def test_face(self, face_case: tuple[str, OpCase], dtype: torch.dtype) -> None:
         """Forward and backward of the face, called directly, are within the error budget."""
         face, case = face_case
-        check_face(case, type(self).find_face(self.operation.name, face), dtype)
+        check_face(case, self.serving(face, case, dtype), dtype)
 
     def test_small_blocks(self, dtype: torch.dtype) -> None:
         """Every case once more on the cpu face, cut into as many pieces as it can be."""
@@ -190,7 +203,7 @@ class ForwardSuite(TinySuite):
         for sizes in self.operation.bench.values():
             case = self.operation.case(sizes)
             for dtype in (torch.float32, torch.bfloat16):
-                check_face(case, type(self).find_face(self.operation.name, face), dtype)
+                check_face(case, self.serving(face, case, dtype), dtype)
                 expectations.cache_clear()  # hundreds of megabytes
 
     def test_threads(self, dtype: torch.dtype, set_threads: Callable[[int], None]) -> None:
@@ -210,10 +223,12 @@ class ForwardSuite(TinySuite):
 
     def test_door(self, smoke_case: OpCase, face: str, dtype: torch.dtype) -> None:
         """The same through the public function and autograd."""
+        self.serving(face, smoke_case, dtype)
         check_door(smoke_case, type(self).door, face, dtype)
 
     def test_layout(self, smoke_case: OpCase, face: str, layout: str) -> None:
         """Strided, offset and transposed inputs and upstream gradients change nothing."""
+        self.serving(face, smoke_case, torch.float32)
         check_door(smoke_case, type(self).door, face, torch.float32, change=LAYOUTS[layout])
 
     def test_mutant(self, mutant: Mutant, record_mutant: Callable[[str, str, bool], None]) -> None:

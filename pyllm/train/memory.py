@@ -298,7 +298,7 @@ class Ledger(TorchDispatchMode):
             return running
         op = name.removesuffix("_forward").removesuffix("_backward")
         if torch.cuda.is_available():
-            return choose_face(op, self._device, None)
+            return choose_face(op, self._device, None).split(",")[0]
         faces = PREFERENCES[op].get(self._device, ())
         old = self._dtype == torch.float16
         return next((face for face in faces if not (old and face == "triton")), "reference")

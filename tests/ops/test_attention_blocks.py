@@ -4,6 +4,8 @@ The blocks are small here, so that a few tokens lie in several; their order and 
 ones that a card sees.
 """
 
+from itertools import product
+
 import pytest
 import torch
 from torch import Tensor
@@ -13,6 +15,8 @@ from pyllm.reference import attention as reference
 from pyllm.testing.budget import compare
 
 pytest.importorskip("triton", reason="triton is not installed")
+from pyllm.triton_kernels._attention_choices import choices
+
 triton_face = face_module("attention", "triton")
 
 pytestmark = pytest.mark.skipif(
@@ -102,13 +106,13 @@ def test_sixteen_bits_over_several_blocks(blocks: tuple[int, int], dtype: torch.
         compare(name, *three, dtype, gradient=name.startswith("d"))
 
 
-def test_heads_too_wide_go_to_the_reference_and_say_so() -> None:
-    q, k, v = (torch.randn(1, 3, 1, 300) for _ in range(3))
-    triton_face._say_once.cache_clear()
-    with pytest.warns(UserWarning, match="heads of 300 channels, and serves at most 256"):
-        y, _ = triton_face.attention_forward(q, k, v, 0.1, True, 0, 0)
-    torch.testing.assert_close(y, reference.attention_forward(q, k, v, 0.1, True, 0, 0)[0])
-    triton_face.attention_forward(q, k, v, 0.1, True, 0, 0)  # once: a second warning is an error
+@pytest.mark.parametrize("kernel", ["dq_kernel", "dk_dv_kernel"])
+def test_blocks_of_queries_divide_a_whole_one(kernel: str) -> None:
+    """Up to there the sums of the backward are padded, and read without a mask."""
+    for width, whole, wide in product((16, 32, 64, 128, 256), (True, False), (True, False)):
+        for choice in choices(kernel, width, whole, wide):
+            assert triton_face.WHOLE_BLOCKS % choice.block_m == 0
+    assert triton_face.WHOLE_BLOCKS % triton_face.DELTA_ROWS == 0
 
 
 def test_rows_too_far_apart_for_32_bits_within_a_tile_are_copied() -> None:

@@ -91,7 +91,11 @@ def test_linear_cross_entropy_in_the_blocks_of_cards(
     ("tokens", "top_k", "n_experts"),
     [(0, 2, 3), (1, 1, 1), (700, 3, 33), (40, 2, _routing.MOST_EXPERTS + 1)],
 )
-def test_routing(tokens: int, top_k: int, n_experts: int) -> None:
+@pytest.mark.parametrize("parts", [2, _routing.MOST_PARTS])
+def test_routing(
+    tokens: int, top_k: int, n_experts: int, parts: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_routing, "MOST_PARTS", parts)
     experts = torch.rand(tokens, n_experts).argsort(-1)[:, :top_k].int()
     expected = sort_by_expert(experts, n_experts)
     for got, want in zip(_routing.sort_by_expert(experts, n_experts), expected, strict=True):
@@ -105,6 +109,45 @@ def test_routing(tokens: int, top_k: int, n_experts: int) -> None:
     listed = _routing.list_tiles(expected[2], tokens * top_k, 16).t().tolist()
     assert [tuple(tile) for tile in listed[: len(tiles)]] == tiles
     assert all(expert == -1 for expert, _ in listed[len(tiles) :])
+
+
+@interpreted
+@pytest.mark.parametrize("n_experts", [5, _routing.MOST_EXPERTS + 1])
+def test_choices_of_no_expert_have_no_place(n_experts: int) -> None:
+    """They are no error on a card, where it would stay: PyTorch's own would end the process."""
+    experts = torch.tensor([[1, n_experts], [-1, 0], [1, n_experts - 1]], dtype=torch.int32)
+    order, position, offsets = _routing.sort_by_expert(experts, n_experts)
+    assert position.tolist() == [[1, -1], [-1, 0], [2, 3]]
+    assert order[:4].tolist() == [3, 0, 4, 5]
+    assert offsets[[0, 1, 2, -2, -1]].tolist() == [0, 1, 3, 3, 4]
+    assert position.dtype == order.dtype == offsets.dtype == torch.int32
+
+
+@interpreted
+@pytest.mark.parametrize("sizes", [{"D": 0}, {"F": 0}], ids=str)
+def test_moe_ffn_without_channels(sizes: dict[str, int]) -> None:
+    width, hidden = sizes.get("D", 8), sizes.get("F", 6)
+    x, w_in = torch.randn(5, width), torch.randn(3, 2 * hidden, width)
+    w_out, weights = torch.randn(3, width, hidden), torch.rand(5, 2)
+    experts = torch.tensor([[0, 1], [2, 0], [1, 2], [0, 2], [1, 0]])
+    y, *saved = moe_ffn.moe_ffn_forward(x, w_in, w_out, weights, experts, "swiglu")
+    assert not y.any() and y.shape == x.shape
+    given = torch.ones_like(y), x, w_in, w_out, weights, *saved, "swiglu"
+    gradients = moe_ffn.moe_ffn_backward(*given)
+    assert not any(one.any() for one in gradients)
+
+
+@interpreted
+@pytest.mark.filterwarnings("ignore:.*divide by zero")  # NumPy's, of the logarithm of no words
+@pytest.mark.parametrize(("words", "width"), [(0, 8), (7, 0)])
+def test_linear_cross_entropy_without_words_or_channels(words: int, width: int) -> None:
+    x, weight = torch.randn(4, width), torch.randn(words, width)
+    targets = torch.full((4,), -100) if words == 0 else torch.tensor([0, 6, -100, 3])
+    loss, lse = linear_cross_entropy.linear_cross_entropy_forward(x, weight, targets, -100)
+    torch.testing.assert_close(loss, torch.where(targets < 0, 0.0, 7.0).log().clamp_min(0))
+    given = torch.ones(4), x, weight, targets, lse, -100
+    for one in linear_cross_entropy.linear_cross_entropy_backward(*given):
+        assert not one.any()
 
 
 @interpreted

@@ -18,6 +18,7 @@ from typing import Any
 os.environ["TRITON_DUMP_PTXAS_LOG"] = "1"
 
 import triton
+from pyllm.triton_kernels._tuning import CARD_OPTIONS
 from pyllm.triton_kernels._variants import Variant
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -26,25 +27,29 @@ from pyllm.ops._registry import face_module
 from pyllm.testing import OPERATIONS
 
 CAPABILITIES = (80, 86, 89, 90)
-DTYPES = ("fp32", "bf16", "fp16")
+DTYPES = ("fp32", "bf16", "fp16", "fp64")
 LIMITS = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024}
 """Bytes of shared memory a block may have (CUDA C++ programming guide, compute capabilities)."""
 
+NARROW = re.compile(r"\b(?:ld|st)\.global[.\w:]*\.[bus](?:8|16)\b")
+"""One 16-bit number at a time, or less; no such load goes to shared memory in the background."""
 MMA = re.compile(r"\b(?:mma\.sync|wgmma\.mma_async)\b")
 
 
 def compile_variant(variant: Variant, capability: int) -> dict[str, Any]:
-    """What came of it: shared memory, spilled bytes, registers, tensor-core instructions."""
-    names = variant.kernel.arg_names
+    """What came of it: shared memory, spilled bytes, registers, instructions that tell."""
+    kernel = variant.kernel
+    names = kernel.arg_names
+    aligned = (*kernel.pointers, *kernel.lengths) if variant.aligned else ()
     source = ASTSource(
-        fn=variant.kernel,
+        fn=kernel.aligned if variant.aligned else kernel.ragged,
         # In the order of the parameters: Triton counts on it.
         signature={
             name: "constexpr" if name in variant.constants else variant.signature[name]
             for name in names
         },
         constexprs=variant.constants,
-        attrs={(names.index(name),): [["tt.divisibility", 16]] for name in variant.aligned},
+        attrs={(names.index(name),): [["tt.divisibility", 16]] for name in aligned},
     )
     report = io.StringIO()
     # A cached result comes without the assembler's report.
@@ -53,7 +58,11 @@ def compile_variant(variant: Variant, capability: int) -> dict[str, Any]:
         compiled = triton.compile(
             source,
             target=GPUTarget("cuda", capability, 32),
-            options={"num_warps": variant.num_warps, "num_stages": variant.num_stages},
+            options={
+                "num_warps": variant.num_warps,
+                "num_stages": variant.num_stages,
+                **CARD_OPTIONS,
+            },
         )
     spilled = re.findall(r"(\d+) bytes spill stores", report.getvalue())
     registers = re.findall(r"Used (\d+) registers", report.getvalue())
@@ -64,6 +73,7 @@ def compile_variant(variant: Variant, capability: int) -> dict[str, Any]:
         "limit": LIMITS[capability],
         "spilled": sum(map(int, spilled)),
         "registers": max(map(int, registers)),
+        "narrow": len(NARROW.findall(compiled.asm["ptx"])),
         "mma": len(MMA.findall(compiled.asm["ptx"])),
     }
 
@@ -71,7 +81,7 @@ def compile_variant(variant: Variant, capability: int) -> dict[str, Any]:
 def main(arguments: list[str]) -> None:
     """Compile what was asked for; a failure to compile is a traceback and a nonzero exit."""
     operations = [name for name in OPERATIONS if name in arguments] or list(OPERATIONS)
-    dtypes = [dtype for dtype in DTYPES if dtype in arguments] or DTYPES
+    dtypes = [dtype for dtype in DTYPES if dtype in arguments] or DTYPES[:3]
     capabilities = [c for c in CAPABILITIES if str(c) in arguments] or CAPABILITIES
     for operation in operations:
         module = face_module(operation, "triton")
@@ -82,11 +92,12 @@ def main(arguments: list[str]) -> None:
                     row = {
                         "operation": operation,
                         "variant": variant.name,
-                        "kernel": variant.kernel.__name__,
+                        "kernel": variant.kernel.name,
                         "dtype": dtype,
                         "capability": capability,
                         "chosen": chosen,
                         "wants_mma": variant.mma,
+                        "aligned": variant.aligned,
                         "estimate": variant.shared,
                     }
                     if chosen:
