@@ -26,6 +26,8 @@ SAMPLE_SECONDS = 2e-3
 """A sample is as many calls in a row as take this long: one alone would time its launch."""
 ISSUE_SECONDS = 2e-2
 """But not more than the host can ask for in this time, while the device is kept waiting."""
+OPTIONAL = ("scattermoe", "liger")
+"""Peers that need not be installed."""
 LARGE_CARD = 12 * 2**30
 """Bytes of a card that has room for the large mixture with 1,024 columns an expert."""
 
@@ -153,12 +155,17 @@ def experts(device: str, toy: bool, end: float, keep: Keep) -> None:
             except Exception as error:  # memory, on a small card
                 case["error"] = reason_of(error)
                 continue
-            rows = timed(functions, device, 0.01 if toy else 0.5)
+            others = {name: functions.pop(name) for name in OPTIONAL if name in functions}
+            case["rows"] = against(timed(functions, device, 0.01 if toy else 0.5), "pyllm")
+            keep(experts=found)
+            if others and time.monotonic() < end:  # apart: they may tune for long
+                functions = {"pyllm": functions["pyllm"], **others}
+                rows = against(timed(functions, device, 0.5), "pyllm")
+                case["rows"] += [row for row in rows if row["name"] != "pyllm"]
             flops = 3 * 2.0 * sizes["N"] * sizes["A"] * 3 * sizes["D"] * sizes["F"]
-            for row in rows:
+            for row in case["rows"]:
                 if "median" in row:
                     row["flops_per_second"] = flops / row["median"]
-            case["rows"] = against(rows, "pyllm")
             print("experts:", case, flush=True)
             keep(experts=found)
 

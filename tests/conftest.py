@@ -82,6 +82,8 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
     """`pytest -m gpu` on a large machine runs in several processes: Triton compiles some hundred
     kernels, each on one core, and for ten minutes that are too many."""
     untold = getattr(config.option, "numprocesses", 0) is None and not config.option.usepdb
+    if "PYTEST_XDIST_WORKER" in os.environ:  # which is one of the several, and told nothing either
+        return
     if untold and config.option.markexpr == "gpu" and torch.cuda.is_available():
         config.option.numprocesses = gpu_workers(
             torch.cuda.get_device_properties(0).total_memory, os.cpu_count() or 1

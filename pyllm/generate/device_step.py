@@ -330,8 +330,9 @@ def capture_graph(step: DeviceStep) -> Callable[[], None]:
     step.running_B.zero_()  # so that nothing is written
     graph = torch.cuda.CUDAGraph()
     mode = torch.cuda.get_sync_debug_mode()
-    stream = _capture_stream(torch.cuda.current_device())
-    stream.wait_stream(torch.cuda.current_stream())
+    current = torch.cuda.current_stream()
+    stream = _capture_stream(torch.cuda.current_device(), current.cuda_stream)
+    stream.wait_stream(current)
     try:
         with torch.cuda.stream(stream):
             for number in range(WARM_UP):
@@ -356,9 +357,10 @@ def capture_graph(step: DeviceStep) -> Callable[[], None]:
 
 
 @cache
-def _capture_stream(device: int) -> torch.cuda.Stream:
-    """One for all captures on a card: PyTorch keeps a workspace of cuBLAS for every stream that has
-    multiplied matrices, 32 MiB on Hopper and 8 on others, until the process ends."""
+def _capture_stream(device: int, callers: int) -> torch.cuda.Stream:
+    """One for all captures that a stream asks for: PyTorch keeps a workspace of cuBLAS for every
+    stream that has multiplied matrices, 32 MiB on Hopper and 8 on others, until the process ends.
+    Graphs that share one must not run at once, as those of two streams may."""
     return torch.cuda.Stream(device)
 
 

@@ -314,7 +314,7 @@ class FakeCuda:
         return self.current_stream()
 
     def current_stream(self) -> Any:
-        return SimpleNamespace(wait_stream=lambda other: None)
+        return SimpleNamespace(wait_stream=lambda other: None, cuda_stream=0)
 
     @contextmanager
     def stream(self, stream: Any) -> Iterator[None]:
