@@ -55,7 +55,8 @@ def timed(functions: Mapping[str, Callable[[], object]], device: str, seconds: f
         most = max(int(ISSUE_SECONDS / max(issue, 1e-7)), 1)
         calls[name] = min(max(round(SAMPLE_SECONDS / max(once, 1e-7)), 1), most)
         if device == "cuda":
-            cycles[name] = int(1.2 * issue * calls[name] * _cycles_per_second())
+            ahead = min(1.2 * issue * calls[name], ISSUE_SECONDS)  # less for one that waits itself
+            cycles[name] = int(ahead * _cycles_per_second())
     samples: dict[str, list[float]] = {name: [] for name in calls}
     end = time.perf_counter() + seconds * len(calls)
     order, random = list(calls), Random(0)

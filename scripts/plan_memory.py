@@ -81,7 +81,8 @@ def main(config: Config) -> None:
     train = settings(config)
     vram = read_bytes(config.vram)
     dtype = named_dtype(config.dtype)
-    plan = plan_training(preset(config.preset), train, dtype, memory_budget(vram))
+    budget = memory_budget(vram)
+    plan = plan_training(preset(config.preset), train, dtype, budget, memory=vram)
     show(config, plan)
     if not plan.fits:
         raise ValueError(
