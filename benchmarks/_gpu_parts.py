@@ -36,9 +36,9 @@ def timed(functions: Mapping[str, Callable[[], object]], device: str, seconds: f
     """Median and quartiles of each function, taking turns; what fails gives a row with its reason.
 
     On a card by its own clock (events), and the device's time alone: it is kept busy until the host
-    has asked for the whole sample, since a mixture of experts is some twenty launches of 10 to 50
-    us each from Python, more than the work itself on a large card. ``as_called`` is the time
-    without that, launches included.
+    has asked for the whole sample, since a mixture of experts is some twenty launches from Python,
+    which may take longer than the work itself on a large card. ``as_called`` is the time without
+    that, launches included.
     """
     rows: list[Row] = []
     calls: dict[str, int] = {}
