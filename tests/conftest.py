@@ -4,6 +4,7 @@ import faulthandler
 import os
 import signal
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -55,6 +56,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--all-cards",
         action="store_true",
         help="compile GPU kernels for every card in every dtype, not each of them once",
+    )
+    parser.addoption(
+        "--every",
+        type=int,
+        default=1,
+        metavar="N",
+        help="of the cases of each test only the first of every N (default 1: all)",
     )
 
 
@@ -112,8 +120,18 @@ def watchdog(request: pytest.FixtureRequest) -> Iterator[Callable[[], None]]:
     faulthandler.cancel_dump_traceback_later()
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip what is marked `gpu` where there is none, and say so."""
+@pytest.hookimpl(trylast=True)  # of what -k and -m leave
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Skip what is marked `gpu` where there is none, and say so; thin out the cases."""
+    seen: Counter[str] = Counter()
+    kept: tuple[list[pytest.Item], list[pytest.Item]] = [], []
+    for item in items:
+        test = item.nodeid.partition("[")[0]
+        kept[seen[test] % config.getoption("--every") > 0].append(item)
+        seen[test] += 1
+    items[:], left_out = kept
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
     if torch.cuda.is_available():
         return
     skip = pytest.mark.skip(reason="no CUDA device")

@@ -11,8 +11,8 @@ MAX_LINES = 500
 # From the ground up; on one floor, a package may use those to its left.
 FLOORS = (
     (
-        "_native _lazy _checks _memory _durable _flags _cli reference triton_kernels cpu_kernels "
-        "cuda_kernels torch_kernels foundations tokenizers testing viz"
+        "_dtypes _native _lazy _checks _memory _durable _flags _cli reference triton_kernels "
+        "cpu_kernels cuda_kernels torch_kernels foundations tokenizers testing viz"
     ),
     "ops",
     "layers data",

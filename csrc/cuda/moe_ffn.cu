@@ -129,7 +129,6 @@ __global__ void __launch_bounds__(ProductTile<T>::kThreads)
                 T* __restrict__ y_rows, int width, int hidden, bool packed) {
   using W = Wide<T>;
   using Tile = ProductTile<T>;
-  constexpr int kGroup = Tile::kColumnGroup;
   PYLLM_SHARED(W, shared, [Tile::kEntries]);
   const RowTile tile(routing, Tile::kRows);
   if (tile.rows == 0) return;
@@ -147,19 +146,8 @@ __global__ void __launch_bounds__(ProductTile<T>::kThreads)
   } else {
     fill_with_nan<Tile>(sums);
   }
-#pragma unroll
-  for (int i = 0; i < Tile::kMicroRows; ++i) {
-    if (Tile::row_of(i) >= tile.rows) continue;
-    T* const y_row = y_rows + std::int64_t{tile.first + Tile::row_of(i)} * width;
-#pragma unroll
-    for (int j = 0; j < Tile::kMicroColumns; j += kGroup) {
-      const int column = first + Tile::column_group(j / kGroup);
-      Pack<T, kGroup> pack;
-#pragma unroll
-      for (int k = 0; k < kGroup; ++k) pack.values[k] = narrow<T>(sums.at[i][j + k]);
-      store_part(y_row + column, width - column, packed, pack);
-    }
-  }
+  T* const to = y_rows + std::int64_t{tile.first} * width;
+  store_rows<T, Tile>(sums, to, tile.rows, width, first, packed);
 }
 
 }  // namespace

@@ -84,7 +84,6 @@ __global__ void __launch_bounds__(ProductTile<T>::kThreads)
                 T* __restrict__ dx_rows, int width, int columns, bool packed) {
   using W = Wide<T>;
   using Tile = ProductTile<T>;
-  constexpr int kGroup = Tile::kColumnGroup;
   PYLLM_SHARED(W, shared, [Tile::kEntries]);
   const RowTile tile(routing, Tile::kRows);
   if (tile.rows == 0) return;
@@ -102,19 +101,8 @@ __global__ void __launch_bounds__(ProductTile<T>::kThreads)
   } else {
     fill_with_nan<Tile>(sums);
   }
-#pragma unroll
-  for (int i = 0; i < Tile::kMicroRows; ++i) {
-    if (Tile::row_of(i) >= tile.rows) continue;
-    T* const to = dx_rows + std::int64_t{tile.first + Tile::row_of(i)} * width;
-#pragma unroll
-    for (int j = 0; j < Tile::kMicroColumns; j += kGroup) {
-      const int column = first + Tile::column_group(j / kGroup);
-      Pack<T, kGroup> pack;
-#pragma unroll
-      for (int k = 0; k < kGroup; ++k) pack.values[k] = narrow<T>(sums.at[i][j + k]);
-      store_part(to + column, width - column, packed, pack);
-    }
-  }
+  T* const to = dx_rows + std::int64_t{tile.first} * width;
+  store_rows<T, Tile>(sums, to, tile.rows, width, first, packed);
 }
 
 // Rows that are sorted already, or that are a token's.
@@ -136,7 +124,6 @@ __global__ void __launch_bounds__(ProductTile<T>::kThreads, 1)
                    bool packed) {
   using W = Wide<T>;
   using Tile = ProductTile<T>;
-  constexpr int kGroup = Tile::kColumnGroup;
   PYLLM_SHARED(W, shared, [Tile::kEntries]);
   const int n_right = (right_rows.width + Tile::kColumns - 1) / Tile::kColumns;
   const int left_first = static_cast<int>(blockIdx.x) / n_right * Tile::kRows;
@@ -151,21 +138,9 @@ __global__ void __launch_bounds__(ProductTile<T>::kThreads, 1)
       across<T, Tile::kColumns, Tile::kThreads>(right_at, right_rows.width - right_first, packed);
   typename Tile::Sums sums;
   multiply<Tile>(left, right, rows, shared, sums);
-  dw += std::int64_t{expert} * left_rows.width * right_rows.width;
-#pragma unroll
-  for (int i = 0; i < Tile::kMicroRows; ++i) {
-    const int row = left_first + Tile::row_of(i);
-    if (row >= left_rows.width) continue;
-    T* const to = dw + std::int64_t{row} * right_rows.width;
-#pragma unroll
-    for (int j = 0; j < Tile::kMicroColumns; j += kGroup) {
-      const int column = right_first + Tile::column_group(j / kGroup);
-      Pack<T, kGroup> pack;
-#pragma unroll
-      for (int k = 0; k < kGroup; ++k) pack.values[k] = narrow<T>(sums.at[i][j + k]);
-      store_part(to + column, right_rows.width - column, packed, pack);
-    }
-  }
+  dw += (std::int64_t{expert} * left_rows.width + left_first) * right_rows.width;
+  const int left_in_tile = left_rows.width - left_first;
+  store_rows<T, Tile>(sums, dw, left_in_tile, right_rows.width, right_first, packed);
 }
 
 constexpr int kDotBlock = 256;

@@ -44,6 +44,26 @@ __device__ __forceinline__ void fill_with_nan(typename Tile::Sums& sums) {
   }
 }
 
+// The sums of a tile as the first `rows` rows of `to`, `width` apart, from column `first` on.
+template <class T, class Tile>
+__device__ __forceinline__ void store_rows(const typename Tile::Sums& sums, T* to, int rows,
+                                           int width, int first, bool packed) {
+  constexpr int kGroup = Tile::kColumnGroup;
+#pragma unroll
+  for (int i = 0; i < Tile::kMicroRows; ++i) {
+    const int row = Tile::row_of(i);
+    if (row >= rows) continue;
+#pragma unroll
+    for (int j = 0; j < Tile::kMicroColumns; j += kGroup) {
+      const int column = first + Tile::column_group(j / kGroup);
+      Pack<T, kGroup> pack;
+#pragma unroll
+      for (int k = 0; k < kGroup; ++k) pack.values[k] = narrow<T>(sums.at[i][j + k]);
+      store_part(to + std::int64_t{row} * width + column, width - column, packed, pack);
+    }
+  }
+}
+
 // swiglu: silu(gate) * up; gelu: its tanh form, `up` unused.
 template <class W>
 struct Activation {

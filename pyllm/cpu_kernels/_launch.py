@@ -5,6 +5,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from pyllm._dtypes import kernel_code
 from pyllm._native import cpu_extension
 
 
@@ -20,31 +21,13 @@ def extension() -> ModuleType:
     return module
 
 
-_NAMES = {
-    torch.float32: "float32",
-    torch.float64: "float64",
-    torch.bfloat16: "bfloat16",
-    torch.float16: "float16",
-}
-
-
 def dtype_code(op: str, dtype: torch.dtype) -> int:
     """The kernel's code of a dtype.
 
     Raises:
         ValueError: the kernels have no such dtype.
     """
-    name = _NAMES.get(dtype)
-    if name is None:
-        expected = ", ".join(str(known) for known in _NAMES)
-        raise ValueError(f"{op}: the cpu face has no {dtype}; expected one of {expected}")
-    code: int = extension().DTYPES[name]
-    return code
-
-
-def accumulator(dtype: torch.dtype) -> torch.dtype:
-    """The dtype the kernels add up in: float32, but float64 for float64."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
+    return kernel_code(extension(), "cpu", op, dtype)
 
 
 def ready(tensor: Tensor, dtype: torch.dtype) -> Tensor:

@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from pyllm.cpu_kernels._launch import accumulator, dtype_code, extension, ready, unit_stride
+from pyllm.cpu_kernels._launch import dtype_code, extension, ready, unit_stride
+from pyllm.reference._precision import accumulation_dtype
 
 
 def _problem(
@@ -44,7 +45,7 @@ def attention_forward(
 ) -> tuple[Tensor, Tensor]:
     """See :func:`pyllm.reference.attention.attention_forward`."""
     batch, n_tokens, n_heads, _ = q_BTHK.shape
-    lse_BHT = torch.empty(batch, n_heads, n_tokens, dtype=accumulator(q_BTHK.dtype))
+    lse_BHT = torch.empty(batch, n_heads, n_tokens, dtype=accumulation_dtype(q_BTHK.dtype))
     y_BTHK = torch.empty_like(q_BTHK, memory_format=torch.contiguous_format)
     if y_BTHK.numel() == 0:
         return y_BTHK, lse_BHT.fill_(float("-inf"))
@@ -78,7 +79,7 @@ def attention_backward(
         return dq_BTHK.zero_(), dk_BSGK.zero_(), dv_BSGK.zero_()
     q_BTHK, k_BSGK, v_BSGK = (unit_stride(x) for x in (q_BTHK, k_BSGK, v_BSGK))
     dy_BTHK, y_BTHK = ready(dy_BTHK, q_BTHK.dtype), y_BTHK.contiguous()
-    lse_BHT = ready(lse_BHT, accumulator(q_BTHK.dtype))
+    lse_BHT = ready(lse_BHT, accumulation_dtype(q_BTHK.dtype))
     extension().attention_backward(
         *_problem(q_BTHK, k_BSGK, v_BSGK, scale, causal, window, sinks),
         dy_BTHK.data_ptr(),

@@ -10,8 +10,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from pyllm.cpu_kernels._launch import accumulator, dtype_code, extension, ready
-from pyllm.reference._precision import LARGEST_INT8_WIDTH
+from pyllm.cpu_kernels._launch import dtype_code, extension, ready
+from pyllm.reference._precision import LARGEST_INT8_WIDTH, accumulation_dtype
 
 
 def int8_linear_plain(
@@ -41,7 +41,7 @@ def int8_linear_forward(
     y_NF = int8_linear_plain(x_ND, weight_FD, weight_scale_F, quantize_input)
     if y_NF is not None:
         return y_NF
-    code, wide = dtype_code("int8_linear", x_ND.dtype), accumulator(x_ND.dtype)
+    code, wide = dtype_code("int8_linear", x_ND.dtype), accumulation_dtype(x_ND.dtype)
     n_rows, width = x_ND.shape
     n_features = weight_FD.shape[0]
     x_ND, weight_FD = x_ND.contiguous(), weight_FD.contiguous()

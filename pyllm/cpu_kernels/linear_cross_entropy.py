@@ -4,12 +4,12 @@ import torch
 from torch import Tensor
 
 from pyllm.cpu_kernels._launch import (
-    accumulator,
     dtype_code,
     extension,
     ready,
     require_range,
 )
+from pyllm.reference._precision import accumulation_dtype
 
 CHUNK = 8192
 """Rows at a time: scratch grows with their number."""
@@ -28,7 +28,7 @@ def linear_cross_entropy_forward(
     targets_N = ready(targets_N, torch.int64)
     n_words, width = weight_VD.shape
     require_range("linear_cross_entropy", "targets", targets_N, n_words, ignore_index)
-    loss_N = torch.empty(x_ND.shape[0], dtype=accumulator(x_ND.dtype))
+    loss_N = torch.empty(x_ND.shape[0], dtype=accumulation_dtype(x_ND.dtype))
     lse_N = torch.empty_like(loss_N)
     for start in range(0, x_ND.shape[0], CHUNK):
         extension().linear_cross_entropy_forward(
@@ -61,7 +61,7 @@ def linear_cross_entropy_backward(
             dloss_N, x_ND.float(), weight_VD.float(), targets_N, lse_N, ignore_index
         )
         return dx_ND.half(), dweight_VD.half()
-    code, wide = dtype_code("linear_cross_entropy", x_ND.dtype), accumulator(x_ND.dtype)
+    code, wide = dtype_code("linear_cross_entropy", x_ND.dtype), accumulation_dtype(x_ND.dtype)
     x_ND, weight_VD = x_ND.contiguous(), weight_VD.contiguous()
     targets_N = ready(targets_N, torch.int64)
     dloss_N, lse_N = ready(dloss_N, wide), ready(lse_N, wide)

@@ -4,13 +4,13 @@ import torch
 from torch import Tensor
 
 from pyllm.cpu_kernels._launch import (
-    accumulator,
     dtype_code,
     extension,
     ready,
     require_range,
 )
 from pyllm.cpu_kernels._routing import sum_rows
+from pyllm.reference._precision import accumulation_dtype
 
 
 def moe_combine_forward(y_RD: Tensor, weights_NA: Tensor, position_NA: Tensor) -> Tensor:
@@ -18,7 +18,7 @@ def moe_combine_forward(y_RD: Tensor, weights_NA: Tensor, position_NA: Tensor) -
     return sum_rows(
         "moe_combine",
         y_RD.contiguous(),
-        ready(weights_NA, accumulator(y_RD.dtype)),
+        ready(weights_NA, accumulation_dtype(y_RD.dtype)),
         ready(position_NA, torch.int32),
     )
 
@@ -27,7 +27,7 @@ def moe_combine_backward(
     dy_ND: Tensor, y_RD: Tensor, weights_NA: Tensor, position_NA: Tensor
 ) -> tuple[Tensor, Tensor]:
     """See :func:`pyllm.reference.moe_combine.moe_combine_backward`."""
-    code, wide = dtype_code("moe_combine", y_RD.dtype), accumulator(y_RD.dtype)
+    code, wide = dtype_code("moe_combine", y_RD.dtype), accumulation_dtype(y_RD.dtype)
     dy_ND, y_RD = ready(dy_ND, y_RD.dtype), y_RD.contiguous()
     weights_wide, position_NA = ready(weights_NA, wide), ready(position_NA, torch.int32)
     require_range("moe_combine", "position", position_NA, y_RD.shape[0])

@@ -3,8 +3,9 @@
 import torch
 from torch import Tensor
 
-from pyllm.cpu_kernels._launch import accumulator, dtype_code, extension, ready, require_range
+from pyllm.cpu_kernels._launch import dtype_code, extension, ready, require_range
 from pyllm.cpu_kernels._routing import sort_by_expert
+from pyllm.reference._precision import accumulation_dtype
 
 GROUP_BYTES = 8 << 20
 """Scratch of the experts that are worked on together: a share of the cache all threads read."""
@@ -25,7 +26,7 @@ def moe_ffn_forward(
     n_rows = order_R.shape[0]
     pre_RF = x_ND.new_empty(n_rows, w_in_EFD.shape[1])
     y_ND = x_ND.new_empty(x_ND.shape)
-    weights_wide = ready(weights_NA, accumulator(x_ND.dtype))
+    weights_wide = ready(weights_NA, accumulation_dtype(x_ND.dtype))
     extension().moe_ffn_forward(
         code,
         activation == "swiglu",
@@ -65,7 +66,7 @@ def moe_ffn_backward(
     w_in_EFD, w_out_EDF = w_in_EFD.contiguous(), w_out_EDF.contiguous()
     order_R, position_NA = ready(order_R, torch.int32), ready(position_NA, torch.int32)
     offsets_E1 = ready(offsets_E1, torch.int32)
-    weights_wide = ready(weights_NA, accumulator(x_ND.dtype))
+    weights_wide = ready(weights_NA, accumulation_dtype(x_ND.dtype))
     require_range("moe_ffn", "order", order_R, order_R.shape[0])
     require_range("moe_ffn", "position", position_NA, order_R.shape[0])
     dx_ND = x_ND.new_empty(x_ND.shape)

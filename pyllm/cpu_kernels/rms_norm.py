@@ -3,13 +3,14 @@
 import torch
 from torch import Tensor
 
-from pyllm.cpu_kernels._launch import accumulator, dtype_code, extension, ready
+from pyllm.cpu_kernels._launch import dtype_code, extension, ready
+from pyllm.reference._precision import accumulation_dtype
 
 
 def rms_norm_forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """See :func:`pyllm.reference.rms_norm.rms_norm_forward`."""
     width = x.shape[-1]
-    code, wide = dtype_code("rms_norm", x.dtype), accumulator(x.dtype)
+    code, wide = dtype_code("rms_norm", x.dtype), accumulation_dtype(x.dtype)
     x, weight = x.contiguous(), ready(weight, wide)
     y = torch.empty_like(x)
     rstd = torch.empty(x.shape[:-1], dtype=wide)
@@ -30,7 +31,7 @@ def rms_norm_forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Ten
 def rms_norm_backward(dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
     """See :func:`pyllm.reference.rms_norm.rms_norm_backward`."""
     width = x.shape[-1]
-    code, wide = dtype_code("rms_norm", x.dtype), accumulator(x.dtype)
+    code, wide = dtype_code("rms_norm", x.dtype), accumulation_dtype(x.dtype)
     dy, x, rstd = ready(dy, x.dtype), x.contiguous(), ready(rstd, wide)
     weight_wide = ready(weight, wide)
     dx = torch.empty_like(x)

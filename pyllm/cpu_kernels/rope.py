@@ -3,11 +3,12 @@
 import torch
 from torch import Tensor
 
-from pyllm.cpu_kernels._launch import accumulator, dtype_code, extension, ready
+from pyllm.cpu_kernels._launch import dtype_code, extension, ready
+from pyllm.reference._precision import accumulation_dtype
 
 
 def _turn(x_BTHK: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> Tensor:
-    code, wide = dtype_code("rope", x_BTHK.dtype), accumulator(x_BTHK.dtype)
+    code, wide = dtype_code("rope", x_BTHK.dtype), accumulation_dtype(x_BTHK.dtype)
     batch, n_tokens, n_heads, head_dim = x_BTHK.shape
     if head_dim and x_BTHK.stride(-1) != 1:  # heads cut out of a wider row need no copy
         x_BTHK = x_BTHK.contiguous()

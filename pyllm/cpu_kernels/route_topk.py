@@ -3,14 +3,15 @@
 import torch
 from torch import Tensor
 
-from pyllm.cpu_kernels._launch import accumulator, dtype_code, extension, ready
+from pyllm.cpu_kernels._launch import dtype_code, extension, ready
+from pyllm.reference._precision import accumulation_dtype
 
 
 def route_topk_forward(
     logits_NE: Tensor, bias_E: Tensor | None, top_k: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """See :func:`pyllm.reference.route_topk.route_topk_forward`."""
-    code, wide = dtype_code("route_topk", logits_NE.dtype), accumulator(logits_NE.dtype)
+    code, wide = dtype_code("route_topk", logits_NE.dtype), accumulation_dtype(logits_NE.dtype)
     logits_NE = logits_NE.contiguous()
     bias_E = None if bias_E is None else ready(bias_E, wide)
     n_rows, n_experts = logits_NE.shape
@@ -47,7 +48,7 @@ def route_topk_backward(
     tokens_per_expert_E: Tensor,
 ) -> Tensor:
     """See :func:`pyllm.reference.route_topk.route_topk_backward`."""
-    code, wide = dtype_code("route_topk", logits_NE.dtype), accumulator(logits_NE.dtype)
+    code, wide = dtype_code("route_topk", logits_NE.dtype), accumulation_dtype(logits_NE.dtype)
     logits_NE = logits_NE.contiguous()
     dweights_NA, weights_NA = ready(dweights_NA, wide), ready(weights_NA, wide)
     dbalance_loss, dz_loss = ready(dbalance_loss, wide), ready(dz_loss, wide)

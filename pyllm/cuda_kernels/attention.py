@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyllm.cuda_kernels._launch import accumulator, dtype_code, launch, ready
+from pyllm.cuda_kernels._launch import dtype_code, launch, ready
+from pyllm.reference._precision import accumulation_dtype
 
 WIDEST_HEAD = 128
 
@@ -34,7 +35,7 @@ def attention_forward(
     sinks: int,
 ) -> tuple[Tensor, Tensor]:
     """See :func:`pyllm.reference.attention.attention_forward`."""
-    code, wide = dtype_code("attention", q_BTHK.dtype), accumulator(q_BTHK.dtype)
+    code, wide = dtype_code("attention", q_BTHK.dtype), accumulation_dtype(q_BTHK.dtype)
     q_BTHK, k_BSGK, v_BSGK = ready(q_BTHK), ready(k_BSGK), ready(v_BSGK)
     batch, n_queries, n_heads, _ = q_BTHK.shape
     y_BTHK = torch.empty_like(q_BTHK)
@@ -69,7 +70,7 @@ def attention_backward(
     sinks: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See :func:`pyllm.reference.attention.attention_backward`."""
-    code, wide = dtype_code("attention", q_BTHK.dtype), accumulator(q_BTHK.dtype)
+    code, wide = dtype_code("attention", q_BTHK.dtype), accumulation_dtype(q_BTHK.dtype)
     dy_BTHK, y_BTHK = ready(dy_BTHK, q_BTHK.dtype), ready(y_BTHK, q_BTHK.dtype)
     q_BTHK, k_BSGK, v_BSGK = ready(q_BTHK), ready(k_BSGK), ready(v_BSGK)
     lse_BHT = ready(lse_BHT, wide)

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyllm.cuda_kernels._launch import accumulator, dtype_code, launch, ready
+from pyllm.cuda_kernels._launch import dtype_code, launch, ready
+from pyllm.reference._precision import accumulation_dtype
 
 WIDEST_HEAD = 512
 LEAST_CHUNK = 64
@@ -37,7 +38,7 @@ def decode_attention_forward(
     v_scales_BSG: Tensor | None,
 ) -> Tensor:
     """See :func:`pyllm.reference.decode_attention.decode_attention_forward`."""
-    code, wide = dtype_code("decode_attention", q_BTHK.dtype), accumulator(q_BTHK.dtype)
+    code, wide = dtype_code("decode_attention", q_BTHK.dtype), accumulation_dtype(q_BTHK.dtype)
     batch, n_tokens, n_heads, width = q_BTHK.shape
     _, n_slots, groups, _ = k_cache_BSGK.shape
     q_BTHK = ready(q_BTHK)

@@ -3,14 +3,15 @@
 import torch
 from torch import Tensor
 
-from pyllm.cuda_kernels._launch import ALIGNMENT, accumulator, dtype_code, launch, ready
+from pyllm.cuda_kernels._launch import ALIGNMENT, dtype_code, launch, ready
+from pyllm.reference._precision import accumulation_dtype
 
 
 def int8_linear_forward(
     x_ND: Tensor, weight_FD: Tensor, weight_scale_F: Tensor, quantize_input: bool
 ) -> Tensor:
     """See :func:`pyllm.reference.int8_linear.int8_linear_forward`."""
-    code, wide = dtype_code("int8_linear", x_ND.dtype), accumulator(x_ND.dtype)
+    code, wide = dtype_code("int8_linear", x_ND.dtype), accumulation_dtype(x_ND.dtype)
     n_rows, width = x_ND.shape
     n_features = weight_FD.shape[0]
     x_ND, weight_FD, weight_scale_F = ready(x_ND), ready(weight_FD), ready(weight_scale_F, wide)

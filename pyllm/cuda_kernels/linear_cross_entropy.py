@@ -9,16 +9,17 @@ up over the chunks is the small ``dx``.
 import torch
 from torch import Tensor
 
-from pyllm.cuda_kernels._launch import accumulator, dtype_code, launch, ready
+from pyllm.cuda_kernels._launch import dtype_code, launch, ready
 from pyllm.cuda_kernels._tile import tile_columns
 from pyllm.reference._loss_sizes import chunk_words
+from pyllm.reference._precision import accumulation_dtype
 
 
 def linear_cross_entropy_forward(
     x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, ignore_index: int
 ) -> tuple[Tensor, Tensor]:
     """See :func:`pyllm.reference.linear_cross_entropy.linear_cross_entropy_forward`."""
-    code, wide = dtype_code("linear_cross_entropy", x_ND.dtype), accumulator(x_ND.dtype)
+    code, wide = dtype_code("linear_cross_entropy", x_ND.dtype), accumulation_dtype(x_ND.dtype)
     x_ND, weight_VD, targets_N = ready(x_ND), ready(weight_VD), ready(targets_N, torch.int64)
     n_rows, n_words = x_ND.shape[0], weight_VD.shape[0]
     loss_N = x_ND.new_empty(n_rows, dtype=wide)
@@ -51,7 +52,7 @@ def linear_cross_entropy_backward(
     ignore_index: int,
 ) -> tuple[Tensor, Tensor]:
     """See :func:`pyllm.reference.linear_cross_entropy.linear_cross_entropy_backward`."""
-    code, wide = dtype_code("linear_cross_entropy", x_ND.dtype), accumulator(x_ND.dtype)
+    code, wide = dtype_code("linear_cross_entropy", x_ND.dtype), accumulation_dtype(x_ND.dtype)
     x_ND, weight_VD, targets_N = ready(x_ND), ready(weight_VD), ready(targets_N, torch.int64)
     dloss_N, lse_N = ready(dloss_N, wide), ready(lse_N, wide)
     (n_rows, width), n_words = x_ND.shape, weight_VD.shape[0]

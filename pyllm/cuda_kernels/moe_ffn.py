@@ -7,9 +7,10 @@ for the card: what such a choice adds is NaN.
 import torch
 from torch import Tensor
 
-from pyllm.cuda_kernels._launch import accumulator, dtype_code, launch, ready
+from pyllm.cuda_kernels._launch import dtype_code, launch, ready
 from pyllm.cuda_kernels._routing import as_index, sort_by_expert, sum_rows
 from pyllm.cuda_kernels._tile import tile_columns, tile_rows
+from pyllm.reference._precision import accumulation_dtype
 
 FEW_TOKENS = 4
 """Up to so many, experts' rows are multiplied by vectors; above, tiles of sorted rows are."""
@@ -33,7 +34,7 @@ def moe_ffn_forward(
     activation: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """See :func:`pyllm.reference.moe_ffn.moe_ffn_forward`."""
-    code, wide = dtype_code("moe_ffn", x_ND.dtype), accumulator(x_ND.dtype)
+    code, wide = dtype_code("moe_ffn", x_ND.dtype), accumulation_dtype(x_ND.dtype)
     n_experts, width, hidden = w_out_EDF.shape
     experts_NA = as_index(experts_NA, n_experts)
     x_ND, w_in_EFD, w_out_EDF = ready(x_ND), ready(w_in_EFD), ready(w_out_EDF)
@@ -108,7 +109,7 @@ def moe_ffn_backward(
     activation: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See :func:`pyllm.reference.moe_ffn.moe_ffn_backward`."""
-    code, wide = dtype_code("moe_ffn", x_ND.dtype), accumulator(x_ND.dtype)
+    code, wide = dtype_code("moe_ffn", x_ND.dtype), accumulation_dtype(x_ND.dtype)
     n_experts, width, hidden = w_out_EDF.shape
     n_rows, top_k = order_R.numel(), weights_NA.shape[1]
     dy_ND, x_ND, pre_RF = ready(dy_ND, x_ND.dtype), ready(x_ND), ready(pre_RF)

@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from pyllm.cuda_kernels._launch import accumulator, dtype_code, launch, ready
+from pyllm.cuda_kernels._launch import dtype_code, launch, ready
+from pyllm.reference._precision import accumulation_dtype
 
 MOST_BLOCKS = 512
 """At most this many partial sums of dweight: a few for every multiprocessor of any card."""
@@ -11,7 +12,7 @@ MOST_BLOCKS = 512
 
 def rms_norm_forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """See :func:`pyllm.reference.rms_norm.rms_norm_forward`."""
-    code, wide = dtype_code("rms_norm", x.dtype), accumulator(x.dtype)
+    code, wide = dtype_code("rms_norm", x.dtype), accumulation_dtype(x.dtype)
     x, weight = ready(x), ready(weight, wide)
     y = torch.empty_like(x)
     rstd = x.new_empty(x.shape[:-1], dtype=wide)
@@ -21,7 +22,7 @@ def rms_norm_forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Ten
 
 def rms_norm_backward(dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
     """See :func:`pyllm.reference.rms_norm.rms_norm_backward`."""
-    code, wide = dtype_code("rms_norm", x.dtype), accumulator(x.dtype)
+    code, wide = dtype_code("rms_norm", x.dtype), accumulation_dtype(x.dtype)
     dy, x, rstd, weight_wide = ready(dy, x.dtype), ready(x), ready(rstd, wide), ready(weight, wide)
     rows, width = rstd.numel(), x.shape[-1]
     rows_per_block = max(-(-rows // MOST_BLOCKS), 1)

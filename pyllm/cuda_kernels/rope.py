@@ -2,11 +2,12 @@
 
 from torch import Tensor
 
-from pyllm.cuda_kernels._launch import accumulator, dtype_code, launch, ready
+from pyllm.cuda_kernels._launch import dtype_code, launch, ready
+from pyllm.reference._precision import accumulation_dtype
 
 
 def _turn(x_BTHK: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> Tensor:
-    code, wide = dtype_code("rope", x_BTHK.dtype), accumulator(x_BTHK.dtype)
+    code, wide = dtype_code("rope", x_BTHK.dtype), accumulation_dtype(x_BTHK.dtype)
     batch, n_tokens, n_heads, head_dim = x_BTHK.shape
     if x_BTHK.stride(-1) != 1:  # heads cut out of a wider row need no copy
         x_BTHK = x_BTHK.contiguous()

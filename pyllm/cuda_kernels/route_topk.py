@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from pyllm.cuda_kernels._launch import accumulator, dtype_code, launch, ready
+from pyllm.cuda_kernels._launch import dtype_code, launch, ready
+from pyllm.reference._precision import accumulation_dtype
 
 MOST_WARPS = 1024
 """At most so many partial sums of the statistics: a few warps for every multiprocessor."""
@@ -13,7 +14,7 @@ def route_topk_forward(
     logits_NE: Tensor, bias_E: Tensor | None, top_k: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """See :func:`pyllm.reference.route_topk.route_topk_forward`."""
-    code, wide = dtype_code("route_topk", logits_NE.dtype), accumulator(logits_NE.dtype)
+    code, wide = dtype_code("route_topk", logits_NE.dtype), accumulation_dtype(logits_NE.dtype)
     logits_NE = ready(logits_NE)
     bias_E = None if bias_E is None else ready(bias_E, wide)
     n_rows, n_experts = logits_NE.shape
@@ -55,7 +56,7 @@ def route_topk_backward(
     tokens_per_expert_E: Tensor,
 ) -> Tensor:
     """See :func:`pyllm.reference.route_topk.route_topk_backward`."""
-    code, wide = dtype_code("route_topk", logits_NE.dtype), accumulator(logits_NE.dtype)
+    code, wide = dtype_code("route_topk", logits_NE.dtype), accumulation_dtype(logits_NE.dtype)
     logits_NE = ready(logits_NE)
     dlogits_NE = torch.empty_like(logits_NE)
     launch(

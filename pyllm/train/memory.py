@@ -30,6 +30,7 @@ from pyllm.reference._loss_sizes import (
     slab_words,
     triton_scratch,
 )
+from pyllm.reference._precision import accumulation_dtype, product_dtype
 from pyllm.reference.linear_cross_entropy import CHUNK
 from pyllm.train.config import TrainConfig
 from pyllm.train.device import autocast
@@ -465,12 +466,12 @@ def _copied(*tensors: Tensor) -> int:
 
 def _wide(tensor: Tensor) -> int:
     """Bytes of a number in the dtype that sums are taken in."""
-    return 8 if tensor.dtype == torch.float64 else 4
+    return accumulation_dtype(tensor.dtype).itemsize
 
 
 def _product(tensor: Tensor) -> int:
     """Bytes of a number of a matrix product whose results can be large."""
-    return 4 if tensor.dtype == torch.float16 else tensor.element_size()
+    return product_dtype(tensor.dtype).itemsize
 
 
 _INNER: dict[str, Callable[..., dict[str, int]]] = {
