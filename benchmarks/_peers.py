@@ -99,13 +99,20 @@ def _linear_cross_entropy(v: Values) -> Tensor:
     )
 
 
+def _picked(x: Tensor, rows: Tensor) -> Tensor:
+    """``x[rows]``, whose backward on a card sorts; that of index_select adds as it comes."""
+    return x.index_select(0, rows) if x.is_cuda else x[rows]
+
+
 def _moe_ffn(v: Values) -> Tensor:
-    """Mixtral's block with PyTorch's grouped matrix product, as transformers 5 runs it."""
+    """Mixtral's block with PyTorch's grouped matrix product, as transformers 5 runs it. Nothing in
+    it waits for a card, as ``bincount`` would."""
     top_k = v["experts"].shape[1]
     experts = v["experts"].reshape(-1).long()
     order = experts.argsort(stable=True)
-    ends = torch.bincount(experts, minlength=v["w_in"].shape[0]).cumsum(0).to(torch.int32)
-    rows = v["x"][order // top_k]
+    names = torch.arange(v["w_in"].shape[0], device=experts.device)
+    ends = torch.searchsorted(experts[order], names, right=True, out_int32=True)
+    rows = _picked(v["x"], order // top_k)
     pre = F.grouped_mm(rows, v["w_in"].transpose(1, 2), offs=ends)
     if v["activation"] == "swiglu":
         gate, up = pre.chunk(2, dim=-1)
@@ -113,10 +120,10 @@ def _moe_ffn(v: Values) -> Tensor:
     else:
         hidden = F.gelu(pre, approximate="tanh")
     y = F.grouped_mm(hidden, v["w_out"].transpose(1, 2), offs=ends)
-    y = y * v["weights"].reshape(-1, 1)[order].to(y.dtype)
+    y = y * _picked(v["weights"].reshape(-1, 1), order).to(y.dtype)
     back = torch.empty_like(order)
     back[order] = torch.arange(order.numel(), device=order.device)
-    return y[back].unflatten(0, (-1, top_k)).sum(1)
+    return _picked(y, back).unflatten(0, (-1, top_k)).sum(1)
 
 
 PEERS: dict[str, Callable[[Values], Tensor]] = {

@@ -13,10 +13,11 @@ class Record:
     Args:
         folder: where it goes.
         name: the file is ``<name>-<date>.json``.
+        machine: what is known of it; by default it is looked at.
     """
 
-    def __init__(self, folder: Path, name: str) -> None:
-        machine = describe()
+    def __init__(self, folder: Path, name: str, machine: dict[str, Any] | None = None) -> None:
+        machine = machine or describe()
         self.path = folder / f"{name}-{machine['date']}.json"
         self._content: dict[str, Any] = {"machine": machine}
 

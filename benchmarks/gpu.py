@@ -1,21 +1,30 @@
-"""Everything a GPU can tell in ten minutes, under the memory of a small card.
+"""Everything a GPU can tell in ten minutes, the figures that were promised first.
 
     python benchmarks/gpu.py
 
-Trains moe-158m-gpt on TinyStories with GPT-2's vocabulary under a cap, times decoding, and then,
-without the cap: the experts beside ``grouped_mm``, ScatterMoE and Liger, attention beside
-PyTorch's, ``int8_linear`` beside the bandwidth, decoding of moe-158m beside its floor and what
-memory that takes, and every operation on every face. Writes
-``benchmarks/results/gpu-<card>-<date>.json`` after each part. ``--device cpu --toy`` runs the same
-code at toy size; with ``TRITON_INTERPRET=1 PYLLM_FACE=triton`` the Triton kernels, interpreted.
+``int8_linear`` beside the bandwidth, decoding of moe-158m beside its floor, the experts beside
+``grouped_mm``, ScatterMoE and Liger, attention beside PyTorch's, the memory that writing takes;
+then trains moe-158m-gpt on stories with GPT-2's vocabulary under the memory of a small card, times
+decoding with it, and at last every operation on every face. Each part is a process of its own: one
+that crashes the device, hangs or takes too long loses its own figures only, from the case it was
+at. Writes ``benchmarks/results/gpu-<card>-<date>.json`` after each part, with what was promised
+beside what was measured, and the parts that were left out and why.
+
+``--part experts`` measures that part alone. ``--device cpu --toy`` runs the same code at toy size;
+with ``TRITON_INTERPRET=1 PYLLM_FACE=triton`` the Triton kernels, interpreted.
 """
 
+import contextlib
+import json
 import os
 import re
-import statistics
+import signal
+import subprocess
 import sys
+import tempfile
 import time
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -25,14 +34,26 @@ from pyllm._cli import require_writable, run
 if TYPE_CHECKING:
     import torch
 
-    from pyllm.data import TokenFile
-    from pyllm.models import ModelConfig
-    from pyllm.tokenizers import Tokenizer
-    from pyllm.train import TrainConfig, Trainer
-
 HERE = Path(__file__).resolve().parent
 SHARED = Path(os.environ.get("PYLLM_SHARED_DATA") or HERE.parents[1] / "shared" / "data")
-PROBE_STEPS = 20
+
+PARTS = {
+    "int8_linear": 60.0,
+    "decode_beside_floor": 75.0,
+    "experts": 120.0,
+    "attention": 120.0,
+    "memory": 90.0,
+    "training": 600.0,
+    "operations": 600.0,
+}
+"""In this order, and the most seconds each may take."""
+STARTING = 15.0
+"""Seconds that a part takes at the least: its process, PyTorch and CUDA begin anew."""
+ENDING = 10.0
+"""Seconds before it is ended in which a part is asked to begin nothing more."""
+
+Keep = Callable[..., None]
+"""Keeps what a part has found so far: ``keep(experts=rows)``."""
 
 
 @dataclass
@@ -41,6 +62,8 @@ class Config:
 
     data: Path = SHARED / "tinystories" / "train.txt"
     """Text to train on."""
+    more_data: Path = SHARED / "stories" / "train.txt"
+    """More of it, where there is such a file: the first alone is read through in a minute."""
     valid: Path = SHARED / "tinystories" / "valid.txt"
     """Text to validate on."""
     gpt2_folder: Path = SHARED / "tokenizer"
@@ -48,13 +71,19 @@ class Config:
     device: Literal["cuda", "mps", "cpu"] = "cuda"
     """Where to run."""
     minutes: float = 4.0
-    """Of training; how many steps that is, is found from the first 20. All else takes five more."""
+    """Of training at most; how many steps that is, is found from the first 20."""
+    total_minutes: float = 9.3
+    """Of everything. A part that is not done by then is ended; training comes after what was
+    promised of single operations, and begins early enough for half of its minutes."""
     memory_gib: float = 3.4
-    """Most memory PyTorch may allocate on a CUDA device; the context comes on top."""
+    """Most memory PyTorch may allocate on a CUDA device while it trains; the context comes on
+    top."""
     optimizer: Literal["adamw", "muon"] = "muon"
     """As in train_moe.py."""
     batch_size: int = 8
     """Sequences in a micro-batch; halved for as long as memory does not suffice."""
+    part: Literal[("all", *PARTS)] = "all"
+    """Measure this one alone, in this process."""
     toy: bool = False
     """Toy sizes on embedded stories: to see that everything works."""
     results: Path = HERE / "results"
@@ -63,8 +92,10 @@ class Config:
     """Folder for token files and so on; empty: runs/gpu-<date>-<time>."""
 
     def __post_init__(self) -> None:
-        if not is_finite(self.minutes) or self.minutes < 0:
-            raise ValueError(f"minutes must be at least 0, got {shown(self.minutes)}")
+        for name in ("minutes", "total_minutes"):
+            value = getattr(self, name)
+            if not is_finite(value) or value < 0:
+                raise ValueError(f"{name} must be at least 0, got {shown(value)}")
         if not is_finite(self.memory_gib) or self.memory_gib <= 0:
             raise ValueError(f"memory_gib must be above 0, got {shown(self.memory_gib)}")
         check_size("batch_size", self.batch_size, 1, 2**31 - 1)
@@ -72,7 +103,9 @@ class Config:
 
 def main(config: Config) -> None:
     """Measure part by part."""
+    began = time.monotonic()
     sys.path.insert(0, str(HERE))
+    from _gpu_targets import beside_targets
     from _record import Record
 
     from pyllm.models import choose_device
@@ -81,264 +114,144 @@ def main(config: Config) -> None:
     device = choose_device(config.device)
     require_writable(config.results)
     folder = Path(config.out or default_folder("gpu"))
-    facts = describe(device, config)
+    end = began + config.total_minutes * 60
+    apart = device.type == "cuda" and config.part == "all"
+    machine, facts = look_apart() if apart else look(device.type)
     card = re.sub(r"[^a-z0-9]+", "-", facts["name"].lower()).strip("-")
-    record = Record(config.results, f"gpu-{card}{'-toy' if config.toy else ''}")
+    alone = config.part != "all"
+    name = f"gpu-{card}{'-toy' if config.toy else ''}{'-' + config.part if alone else ''}"
+    record = Record(config.results, name, machine)
     # Names rather than paths: the file is committed, and paths are this machine's own.
-    settings = {"data": config.data.name, "valid": config.valid.name}
-    for name in ("minutes", "memory_gib", "optimizer", "batch_size", "toy"):
+    settings = {name: getattr(config, name).name for name in ("data", "more_data", "valid")}
+    for name in ("minutes", "total_minutes", "memory_gib", "optimizer", "batch_size", "toy"):
         settings[name] = getattr(config, name)
     record.add(device=facts, settings=settings)
     print(f"device: {facts}")
-    trained, trainer = train(config, device, folder)
-    record.add(training=trained)
-    record.add(decode=[] if trainer is None else decode(trainer, config.toy))
-    del trainer
-    parts(record, device.type, config.toy)
-    record.add(operations=operations(device, config.toy))
+    content: dict[str, Any] = {"skipped_parts": {}, "seconds": {}, "targets": []}
+    order = list(PARTS)
+    for part in [config.part] if alone else order:
+        started = time.monotonic()
+        seconds = min(PARTS[part], end - started)
+        if not alone and order.index(part) < order.index("training"):
+            seconds = min(seconds, end - config.minutes * 30 - started)
+        if not apart:
+            content |= run_here(part, config, device, seconds, folder, record.add)
+        elif seconds < STARTING:
+            content["skipped_parts"][part] = "no time was left"
+        else:
+            content |= run_apart(part, config, seconds, folder)
+        content["seconds"][part] = time.monotonic() - started
+        content["targets"] = beside_targets(content)
+        record.add(**content)
+    for row in content["targets"]:
+        print("target:", row)
+    for part, reason in content["skipped_parts"].items():
+        print(f"not measured: {part}: {reason}")
     print(record.path)
 
 
-def parts(record: Any, device: str, toy: bool) -> None:
-    """Ours beside the peers. One that fails must not cost the others' figures."""
-    import _gpu_parts as found
-
-    found.lift_cap(device)
-    copied = found.bandwidth(device, toy)
-    record.add(bandwidth=copied, cap_after_training=None)
-    top = copied["bytes_per_second"]
-    calls = {
-        "decode_beside_floor": lambda: found.decode_beside_floor(device, toy, top),
-        "memory": lambda: found.memory(device, toy),
-        "int8_linear": lambda: found.int8_row(device, toy, top),
-        "experts": lambda: found.experts(device, toy),
-        "attention": lambda: found.attention_beside_sdpa(device, toy),
-    }
-    for name, call in calls.items():
-        started = time.perf_counter()
-        try:
-            result: Any = call()
-        except Exception as error:
-            result = {"error": f"{type(error).__name__}: {error}"}
-            print(name, result, flush=True)
-        record.add(**{name: result, f"{name}_took": time.perf_counter() - started})
-
-
-def describe(device: "torch.device", config: Config) -> dict[str, Any]:
-    """Name and size of the device; caps what PyTorch may allocate on it."""
+def look(device: str) -> list[dict[str, Any]]:
+    """What is known of this machine, and of the device."""
     import torch
+    from _machine import describe
 
-    if device.type != "cuda":
-        return {"name": device.type}
-    properties = torch.cuda.get_device_properties(device)
-    share = config.memory_gib * 2**30 / properties.total_memory
-    if share < 1:
-        torch.cuda.set_per_process_memory_fraction(share)
-    return {
+    if device != "cuda":
+        return [describe(), {"name": device}]
+    properties = torch.cuda.get_device_properties(0)
+    facts = {
         "name": properties.name,
         "total_memory": properties.total_memory,
-        "allocator_cap": min(share, 1.0) * properties.total_memory,
         "compute_capability": f"{properties.major}.{properties.minor}",
         "multiprocessors": properties.multi_processor_count,
         "cuda": torch.version.cuda,
     }
+    return [describe(), facts]
 
 
-def prepare(
-    config: Config, folder: Path
-) -> tuple["ModelConfig", "TrainConfig", "Tokenizer", "TokenFile", "TokenFile", list[str]]:
-    """Model and training settings, tokenizer, token files, validation stories."""
-    from pyllm.data import read_texts, write_stories, write_tokens
-    from pyllm.models import preset
-    from pyllm.tokenizers import Tokenizer, train_bpe
-    from pyllm.train import TRAIN_PRESETS
-
-    model, training = preset("moe-158m-gpt"), TRAIN_PRESETS["moe-158m-gpt"]
-    if config.toy:
-        texts, valid = list(write_stories(100, 0)), list(write_stories(4, 0, "valid"))
-        tokenizer = train_bpe(texts, 300)
-        model = replace(model, vocab_size=300, n_layers=2, d_model=32, n_heads=2, n_kv_heads=2)
-        model = replace(model, d_ff=32, n_experts=4)
-        training = replace(training, seq_len=32, eval_tokens=512, warmup_steps=2)
-        tokens_per_step = 512
-    else:
-        valid = list(read_texts(config.valid))
-        texts = read_texts(config.data)
-        tokenizer = Tokenizer.from_gpt2(
-            config.gpt2_folder / "gpt2_vocab.bpe", config.gpt2_folder / "gpt2_encoder.json"
-        )
-        training = replace(training, seq_len=512, warmup_steps=100)
-        tokens_per_step = 16_384
-    sequences = tokens_per_step // training.seq_len
-    batch_size = min(config.batch_size, sequences)
-    training = replace(
-        training,
-        batch_size=batch_size,
-        accumulation=max(sequences // batch_size, 1),
-        optimizer=config.optimizer,
-        device=config.device,
-    )
-    train_file = write_tokens(texts, tokenizer, folder / "tokens" / "train.bin")
-    valid_file = write_tokens(valid, tokenizer, folder / "tokens" / "valid.bin")
-    return model, training, tokenizer, train_file, valid_file, valid
+LOOK = """
+import json, sys
+sys.path.insert(0, sys.argv[1])
+import gpu
+print(json.dumps(gpu.look(sys.argv[2])))
+"""
 
 
-def train(
-    config: Config, device: "torch.device", folder: Path
-) -> tuple[dict[str, Any], "Trainer | None"]:
-    """Train for ``minutes``; what it cost and what it gave, and the trainer with its model."""
-    import torch
+def look_apart(device: str = "cuda") -> list[dict[str, Any]]:
+    """The same, in a process of its own: this one shall take no memory of the card."""
+    command = [sys.executable, "-c", LOOK, str(HERE), device]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise ValueError(f"the card cannot be asked: {done.stderr.strip().splitlines()[-1:]}")
+    found: list[dict[str, Any]] = json.loads(done.stdout.splitlines()[-1])
+    return found
 
-    from pyllm.evaluate import bits_per_byte
-    from pyllm.generate import peak_memory_bytes
-    from pyllm.models import Transformer
-    from pyllm.train import Trainer, TrainingError
-    from pyllm.train.device import autocast, choose_dtype
-    from pyllm.train.trainer import seed_everything
 
-    (folder / "tokens").mkdir(parents=True, exist_ok=True)
-    model_config, training, tokenizer, train_file, valid_file, valid = prepare(config, folder)
-    dtype = choose_dtype(training.dtype, device)
-    end = time.perf_counter() + config.minutes * 60
-    seed_everything(training.seed)
-    model = Transformer(model_config).to(device)
-    trainer = Trainer(model, tokenizer, train_file, valid_file, training, folder, device, dtype)
+def run_here(
+    part: str, config: Config, device: "torch.device", seconds: float, folder: Path, write: Keep
+) -> dict[str, Any]:
+    """Measure a part in this process; one that fails keeps what it had found."""
+    found: dict[str, Any] = {part: None}
+
+    def keep(**more: Any) -> None:
+        found.update(more)
+        write(**more)
+
     try:
-        seconds, losses, skipped = train_steps(trainer, end - time.perf_counter())
-    except TrainingError as error:  # the other parts still have something to tell
-        print(error)
-        return {"error": str(error), "settings": asdict(training)}, None
-    # Read before the validation, which keeps nothing for a backward but takes larger batches.
-    peak = peak_memory_bytes(device)
-    try:
-        bpb = bits_per_byte(model, tokenizer, valid, autocast(device, dtype))
-        scores = {"val_loss": trainer.validate(), "val_bpb": bpb.value, "val_bytes": bpb.bytes}
-    except torch.cuda.OutOfMemoryError as error:  # what was trained and timed is kept all the same
-        scores = {"val_loss": None, "val_bpb": None, "validation_error": str(error)}
-    settled = seconds[1:] if len(seconds) > 2 else seconds
-    low, middle, high = statistics.quantiles(settled, n=4)
-    result = {
-        "model": asdict(model_config),
-        "settings": asdict(training) | {"max_steps": len(losses)},
-        "micro_batch": trainer.micro_batch,
-        "estimated_memory": estimated(trainer),
-        "dtype": str(dtype).removeprefix("torch."),
-        "steps": len(losses),
-        "step_seconds": {"median": middle, "lower_quartile": low, "upper_quartile": high},
-        "tokens_per_second": training.tokens_per_step / middle,
-        "peak_memory": peak,
-        "peak_reserved": torch.cuda.max_memory_reserved() if device.type == "cuda" else None,
-        "skipped_steps": skipped,
-        "train_loss": {"every": 10, "values": losses[::10], "last": losses[-1]},
-        **scores,
+        measure(part, config, device, time.monotonic() + seconds, folder, keep)
+    except Exception as error:
+        keep(**{f"{part}_error": f"{type(error).__name__}: {error}"})
+        print(part, found[f"{part}_error"], flush=True)
+    return found
+
+
+def run_apart(part: str, config: Config, seconds: float, folder: Path) -> dict[str, Any]:
+    """Measure a part in a process of its own, and end it when its seconds are over."""
+    with tempfile.TemporaryDirectory() as place:
+        told = {field.name: getattr(config, field.name) for field in fields(config)}
+        told |= {"part": part, "results": place, "out": folder}
+        told["total_minutes"] = max(seconds - ENDING, 1.0) / 60
+        toy = ["--toy"] if told.pop("toy") else []
+        flags = [f"--{name.replace('_', '-')}={value}" for name, value in told.items()]
+        command = [sys.executable, str(Path(__file__).resolve()), *flags, *toy]
+        child = subprocess.Popen(command, start_new_session=True)
+        try:
+            code: int | str = child.wait(seconds)
+        except subprocess.TimeoutExpired:
+            code = f"ended after {seconds:.0f} s"
+        finally:  # Ctrl-C reaches this process alone
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(child.pid, signal.SIGKILL)
+            child.wait()
+        written = [json.loads(file.read_text("utf-8")) for file in Path(place).glob("*.json")]
+    found: dict[str, Any] = {part: None}
+    for name, value in (written[0] if written else {}).items():
+        if name not in ("machine", "device", "settings", "skipped_parts", "seconds", "targets"):
+            found[name] = value
+    if code != 0:
+        found.setdefault(f"{part}_error", f"its process did not end well: {code}")
+        print(part, found[f"{part}_error"], flush=True)
+    return found
+
+
+def measure(
+    part: str, config: Config, device: "torch.device", end: float, folder: Path, keep: Keep
+) -> None:
+    """One part, its results handed to ``keep`` as they come, new cases begun before ``end``."""
+    import _gpu_models
+    import _gpu_parts
+    import _gpu_train
+
+    sized = {"device": device.type, "toy": config.toy, "end": end, "keep": keep}
+    calls: dict[str, Callable[[], None]] = {
+        "int8_linear": lambda: _gpu_parts.int8_row(**sized),
+        "decode_beside_floor": lambda: _gpu_models.decode_beside_floor(**sized),
+        "experts": lambda: _gpu_parts.experts(**sized),
+        "attention": lambda: _gpu_parts.attention_beside_sdpa(**sized),
+        "memory": lambda: _gpu_models.memory(**sized),
+        "training": lambda: _gpu_train.train_and_decode(config, device, end, folder, keep),
+        "operations": lambda: _gpu_models.operations(**sized),
     }
-    shown = ("steps", "tokens_per_second", "peak_memory", "val_loss", "val_bpb")
-    print("training:", {name: result[name] for name in shown})
-    return result, trainer
-
-
-def estimated(trainer: "Trainer") -> dict[str, int]:
-    """What scripts/plan_memory.py would have said of the peak, to be read beside it."""
-    from pyllm.train.memory import estimate_memory
-
-    rows = trainer.micro_batch
-    accumulation = trainer.config.batch_size * trainer.config.accumulation // rows
-    settings = replace(trainer.config, batch_size=rows, accumulation=accumulation)
-    estimate = estimate_memory(trainer.model.config, settings, trainer.dtype, trainer.device.type)
-    return asdict(estimate) | {"total": estimate.total}
-
-
-def train_steps(trainer: "Trainer", budget: float) -> tuple[list[float], list[float], int]:
-    """Seconds and losses of as many steps as fit into ``budget`` seconds, at least the probe's.
-
-    The clock chooses the number of steps once, after the probe; the schedule is then that of a
-    run of so many steps. The probe lies in the warmup, which does not depend on their number.
-    """
-    seconds: list[float] = []
-    losses: list[float] = []
-    total, skipped = PROBE_STEPS, 0
-    trainer.model.train()
-    while len(losses) < total:
-        started = time.perf_counter()
-        before = trainer.micro_batch
-        metrics = trainer.step(len(losses))
-        if trainer.micro_batch < before:
-            print(trainer.notice(before))
-        trainer.progress.step += 1
-        seconds.append(time.perf_counter() - started)
-        losses.append(metrics["train_loss"])
-        skipped = metrics["skipped_steps"]
-        if len(losses) == PROBE_STEPS:
-            left = budget - sum(seconds)
-            total += max(int(left / statistics.median(seconds)), 0)
-            trainer.config = replace(trainer.config, max_steps=total)
-            print(f"{statistics.median(seconds):.3f} s a step: {total} steps")
-        elif len(losses) % 100 == 0:
-            print(f"step {len(losses)}/{total}  loss {losses[-1]:.3f}", flush=True)
-    return seconds, losses, skipped
-
-
-def decode(trainer: "Trainer", toy: bool) -> list[dict[str, Any]]:
-    """Latency of a token at batch 1, in half precision and in float32, and the memory."""
-    import torch
-
-    from pyllm.generate import peak_memory_bytes, time_decode
-
-    device = trainer.device
-    half = torch.bfloat16 if trainer.dtype == torch.float32 else trainer.dtype
-    trainer.optimizers.clear()
-    prompt, new = (8, 8) if toy else (128, 128)
-    found = []
-    for dtype in (torch.float32, half):  # in this order: the weights are rounded only once
-        model = trainer.model.eval().to(dtype)
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
-        times = time_decode(model, 1, prompt, new)
-        low, high = times.quartiles
-        found.append(
-            {
-                "dtype": str(dtype).removeprefix("torch."),
-                "prompt_tokens": prompt,
-                "prefill_seconds": times.prefill,
-                "median": times.median,
-                "lower_quartile": low,
-                "upper_quartile": high,
-                "fastest": min(times.steps),
-                "slowest": max(times.steps),
-                "peak_memory": peak_memory_bytes(device),
-            }
-        )
-        print("decode:", found[-1])
-    return found
-
-
-def operations(device: "torch.device", toy: bool) -> list[dict[str, Any]]:
-    """Forward and backward of each operation on each face, as ``benchmarks/ops.py`` times them."""
-    import torch
-    from ops import DTYPES, time_case
-
-    from pyllm.testing import OPERATIONS
-
-    names = ["fp32"] if toy else ["fp32", "fp16"]
-    if device.type == "cuda" and torch.cuda.is_bf16_supported(False):
-        names.append("bf16")
-    found = []
-    for operation in OPERATIONS.values():
-        bench = {"tiny": operation.tiny} if toy else operation.bench
-        for name in names:
-            for label, sizes in bench.items():
-                case = operation.case(sizes)
-                row: dict[str, Any] = {"op": case.op, "name": label, "dtype": name}
-                row["sizes"] = dict(case.sizes)
-                try:
-                    seconds = 0.01 if toy else 0.1
-                    row["rows"] = time_case(case, DTYPES[name], device.type, seconds, cold=False)
-                except Exception as error:  # one that fails must not cost the others' figures
-                    row["error"] = f"{type(error).__name__}: {error}"
-                found.append(row)
-                print("operation:", row, flush=True)
-    return found
+    calls[part]()
 
 
 if __name__ == "__main__":

@@ -128,8 +128,8 @@ def prepare(
             # The face alone, as the peer: the tests' bookkeeping takes 2 us.
             forward[face] = partial(getattr(module, f"{case.op}_forward"), *inputs.values())
             run_backward(case, module, inputs, saved, upstreams)
-        except (NotImplementedError, RuntimeError, ValueError) as error:
-            reason = str(error).splitlines()[0]
+        except Exception as error:  # Triton's are no RuntimeErrors
+            reason = next(iter(str(error).splitlines()), type(error).__name__)
             stage = "backward" if face in forward else "forward"
             rows.append({"stage": stage, "face": face, "skipped": reason})
             continue

@@ -255,6 +255,31 @@ def packages() -> list[Finding]:
     return found
 
 
+def eight_bit_optimizer() -> Finding:
+    """Whether bitsandbytes works here, by a step of its AdamW on the device that would train."""
+    import torch
+
+    from pyllm.train.adamw8bit import LEAST, make_adamw8bit
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    remedy = "for --train.optimizer adamw8bit: pip install 'pyllm[gpu]'"
+    try:
+        weight = torch.nn.Parameter(torch.zeros(LEAST, device=device))
+        weight.grad = torch.ones_like(weight)
+        make_adamw8bit([weight], lr=1.0).step()
+        works = bool((weight < 0).all())
+    except Exception as error:  # its native parts raise whatever they like
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        return Finding(
+            "8-bit optimizer", f"bitsandbytes is not usable on {device}: {reason}", remedy
+        )
+    version = _version("bitsandbytes") or "of unknown version"
+    if not works:
+        found = f"bitsandbytes {version} runs on {device} and computes nothing"
+        return Finding("8-bit optimizer", found, "another version of it, for this card and CUDA")
+    return Finding("8-bit optimizer", f"bitsandbytes {version} is usable on {device}")
+
+
 def training() -> list[Finding]:
     """What this machine can train, on its largest device."""
     import torch
@@ -275,7 +300,7 @@ def training() -> list[Finding]:
                 "" if fit.fits else "a smaller preset, or a device with more memory",
             )
         )
-    return found
+    return [*found, eight_bit_optimizer()]
 
 
 SECTIONS: dict[str, Callable[[], list[Finding]]] = {

@@ -37,7 +37,7 @@ class Config:
     """Which model, with its training settings."""
     vram: str = "4GiB"
     """Memory of the card; 0.5 GiB of it are left to CUDA's context, 6% of the rest to pieces of the
-    wrong size."""
+    wrong size. Both are guesses."""
     dtype: Literal["float16", "bfloat16", "float32"] = "float16"
     """Precision of the matrix products; a Turing card has no bfloat16."""
     optimizer: Literal["preset", "muon", "adamw", "adamw8bit"] = "preset"
@@ -81,7 +81,8 @@ def main(config: Config) -> None:
     train = settings(config)
     vram = read_bytes(config.vram)
     dtype = named_dtype(config.dtype)
-    plan = plan_training(preset(config.preset), train, dtype, memory_budget(vram))
+    budget = memory_budget(vram)
+    plan = plan_training(preset(config.preset), train, dtype, budget, memory=vram)
     show(config, plan)
     if not plan.fits:
         raise ValueError(
@@ -97,7 +98,7 @@ def show(config: Config, plan: Plan) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from pyllm.train.plan import CONTEXT
+    from pyllm.train.plan import CONTEXT, FRAGMENTATION
 
     train, estimate = plan.train, plan.estimate
     chosen = (
@@ -112,9 +113,15 @@ def show(config: Config, plan: Plan) -> None:
     table.add_section()
     table.add_row("PyTorch's allocations", f"{estimate.total / 2**20:,.0f}")
     table.add_row("room for them", f"{plan.budget / 2**20:,.0f}")
-    table.add_row("CUDA's context", f"{CONTEXT / 2**20:,.0f}")
+    lost = max(read_bytes(config.vram) - CONTEXT - plan.budget, 0)
+    table.add_row("pieces of the wrong size", f"{lost / 2**20:,.0f}", "a guess")
+    table.add_row("CUDA's context", f"{CONTEXT / 2**20:,.0f}", "a guess")
     table.add_row(f"{config.vram} in all", f"{read_bytes(config.vram) / 2**20:,.0f}")
     Console().print(table)
+    print(
+        f"Guesses, not yet measured on a card: {FRAGMENTATION:.0%} for pieces of the wrong size "
+        f"and {CONTEXT / 2**30:.1f} GiB for CUDA's context."
+    )
 
 
 NAMES = {

@@ -39,6 +39,7 @@ ISAS = cpu_extension().supported_isas() if cpu_extension() is not None else []
 
 _TERMINAL = pytest.StashKey[TextIO]()
 _VERDICTS = pytest.StashKey[dict[tuple[str, str], bool]]()
+_LEFT_OUT = pytest.StashKey[dict[str, int]]()
 HANG_SECONDS = 10
 """One generated input may take this long; then the whole test run is stopped with a traceback."""
 
@@ -82,6 +83,26 @@ def pytest_configure(config: pytest.Config) -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     # Now, while pytest does not capture: what is written at the end of a hanging run must be seen.
     config.stash[_TERMINAL] = os.fdopen(os.dup(sys.__stderr__.fileno()), "w")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config: pytest.Config) -> None:
+    """`pytest -m gpu` on a large machine runs in several processes: Triton compiles some hundred
+    kernels, each on one core, and for ten minutes that are too many."""
+    untold = getattr(config.option, "numprocesses", 0) is None and not config.option.usepdb
+    if "PYTEST_XDIST_WORKER" in os.environ:  # which is one of the several, and told nothing either
+        return
+    if untold and config.option.markexpr == "gpu" and torch.cuda.is_available():
+        config.option.numprocesses = gpu_workers(
+            torch.cuda.get_device_properties(0).total_memory, os.cpu_count() or 1
+        )
+
+
+def gpu_workers(memory: int, cores: int) -> int:
+    """Processes that a card and a machine have room for; 0 for this one alone. A process takes up
+    to 4 GiB of the card, its context included."""
+    workers = min(memory // 2**33, cores // 2, 8)
+    return workers if workers > 1 else 0
 
 
 @pytest.fixture
@@ -156,10 +177,17 @@ def record_mutant(request: pytest.FixtureRequest) -> Callable[[str, str, bool], 
     return record
 
 
+@pytest.fixture
+def record_left_out(request: pytest.FixtureRequest) -> Callable[[str, int], None]:
+    """Write down how many cases a test had no time for; they are told at the end."""
+    return request.config.stash.setdefault(_LEFT_OUT, {}).__setitem__
+
+
 def pytest_sessionfinish(session: pytest.Session) -> None:
     """Under `pytest -n`, a worker hands over what it wrote down."""
     output = getattr(session.config, "workeroutput", None)
     if output is not None:
+        output["left_out"] = session.config.stash.get(_LEFT_OUT, {})
         verdicts = session.config.stash.get(_VERDICTS, {})
         output["verdicts"] = [[*key, killed] for key, killed in verdicts.items()]
 
@@ -168,6 +196,9 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 def pytest_testnodedown(node: Any) -> None:
     """Under `pytest -n`, what a worker handed over; nothing if it crashed."""
     verdicts = node.config.stash.setdefault(_VERDICTS, {})
+    node.config.stash.setdefault(_LEFT_OUT, {}).update(
+        getattr(node, "workeroutput", {}).get("left_out", {})
+    )
     for operation, mutant, killed in getattr(node, "workeroutput", {}).get("verdicts", ()):
         verdicts[operation, mutant] = killed
 
@@ -188,6 +219,12 @@ def pytest_terminal_summary(
         terminalreporter.write_line("no card here, so nothing above shows this of GPU kernels:")
         for line in NOT_SHOWN_WITHOUT_A_CARD:
             terminalreporter.write_line(f"  {line}")
+    left_out = config.stash.get(_LEFT_OUT, {})
+    if left_out:
+        told = f"{sum(left_out.values())} cases of {len(left_out)} tests had to be left out"
+        terminalreporter.write_line(f"no time, within ten minutes: {told}")
+        for test, count in left_out.items():
+            terminalreporter.write_line(f"  {count} of {test}")
     verdicts = config.stash.get(_VERDICTS, {})
     if not verdicts:
         return

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -77,3 +78,26 @@ def test_missing_kernels_come_with_the_remedy(monkeypatch: pytest.MonkeyPatch) -
     assert "it did not build" in first.found
     assert "pip install -e ." in first.remedy
     assert second.found == "c++: not found"
+
+
+def test_the_8_bit_optimizer_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Installed is not usable: its native parts may be for another CUDA."""
+
+    def stepping(change: float, error: Exception | None = None) -> doctor.Finding:
+        def step(parameters: list[torch.nn.Parameter]) -> None:
+            if error is not None:
+                raise error
+            with torch.no_grad():
+                parameters[0].sub_(change)
+
+        def make(parameters: list[torch.nn.Parameter], lr: float) -> SimpleNamespace:
+            return SimpleNamespace(step=lambda: step(parameters))
+
+        monkeypatch.setattr("pyllm.train.adamw8bit.make_adamw8bit", make)
+        return doctor.eight_bit_optimizer()
+
+    assert " is usable on " in stepping(1.0).found and not stepping(1.0).remedy
+    assert "computes nothing" in stepping(0.0).found
+    broken = stepping(1.0, RuntimeError("no kernel image\nand more"))
+    assert broken.found.endswith(": no kernel image") and "not usable" in broken.found
+    assert "pip install 'pyllm[gpu]'" in broken.remedy

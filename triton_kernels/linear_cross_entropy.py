@@ -30,15 +30,13 @@ from pyllm.triton_kernels._tuning import (
 from pyllm.triton_kernels._variants import ITEM_SIZES, Variant, products, variant
 from torch import Tensor
 
+from pyllm.reference import _loss_sizes as sizes
+
 GROUP = 8
 INTERPRETER_BLOCKS = Blocks(64, 128, 16, 4, 1)
 """Larger than others, or the tests' 5,003 words would be hundreds of programs."""
-SPAN = 512 if INTERPRETED else 1024
+SPAN = 512 if INTERPRETED else sizes.SPAN
 """Words that one program of the forward goes through."""
-LEAST_SLAB_BYTES, MOST_SLAB_BYTES = 64 << 20, 1 << 30
-MOST_SPLITS = 8
-"""Into so many parts at most the words of a slab are split for dx, where rows and columns alone
-would leave multiprocessors idle."""
 
 # The sums over a block's words take registers: 128 x 128 spills on sm_86, or on sm_90.
 SPANS = {
@@ -139,8 +137,7 @@ def linear_cross_entropy_backward(
     scaled_ND = torch.empty_like(x_ND)
     _scale(x_ND.unsqueeze(0), dloss_N, largest, targets_N, scaled_ND, ignore_index, relative=True)
 
-    slab = min(_words_of_slab(x_ND), triton.cdiv(max(n_words, 1), 16) * 16)
-    splits = _splits(n_rows, width, slab, x_ND)
+    slab, splits = _cut(x_ND, n_words)
     # Whole blocks of the sum, so that no configuration cuts one in two.
     words_per_split = triton.cdiv(triton.cdiv(slab, splits), 64) * 64
     dz = x_ND.new_empty(n_rows, slab)
@@ -218,28 +215,17 @@ def _blocks(rows: int, block_m: int, columns: int, block_n: int) -> int:
     return triton.cdiv(rows, block_m) * triton.cdiv(columns, block_n)
 
 
-def slab_bytes(memory: int) -> int:
-    """Bytes of logits' gradient at a time on a card with so much memory: 64 MiB of 4 GiB."""
-    return min(max(memory // 64, LEAST_SLAB_BYTES), MOST_SLAB_BYTES)
-
-
-def _words_of_slab(x_ND: Tensor) -> int:
-    """How many words the backward takes at a time, whole blocks of 256."""
+def _cut(x_ND: Tensor, n_words: int) -> tuple[int, int]:
+    """How many words the backward takes at a time, and into how many parts dx's sums are split."""
     if INTERPRETED:
-        return 1024
-    memory = torch.cuda.get_device_properties(x_ND.device).total_memory
-    fits = slab_bytes(memory) // (x_ND.shape[0] * x_ND.element_size())
-    return max(fits // 256, 1) * 256
-
-
-def _splits(n_rows: int, width: int, slab: int, x_ND: Tensor) -> int:
-    """How many parts of the sum over a slab's words give every multiprocessor two programs."""
-    if INTERPRETED:
-        return 2
-    blocks = ROW_GRADIENT[x_ND.element_size()][0]
-    programs = max(_blocks(n_rows, blocks.m, width, blocks.n), 1)
-    wanted = 2 * torch.cuda.get_device_properties(x_ND.device).multi_processor_count
-    return max(min(triton.cdiv(wanted, programs), MOST_SPLITS, slab // 1024), 1)
+        return min(1024, triton.cdiv(max(n_words, 1), 16) * 16), 2
+    properties = torch.cuda.get_device_properties(x_ND.device)
+    share = torch.cuda.get_per_process_memory_fraction(x_ND.device)
+    # What this process may have of it: a cap stands for a smaller card.
+    card = sizes.Card(int(share * properties.total_memory), properties.multi_processor_count)
+    (n_rows, width), item_size = x_ND.shape, x_ND.element_size()
+    slab = sizes.slab_words(n_rows, n_words, item_size, card)
+    return slab, sizes.slab_splits(n_rows, width, slab, item_size, card)
 
 
 def _scale(

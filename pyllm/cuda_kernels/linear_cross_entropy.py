@@ -1,7 +1,7 @@
 """Linear cross-entropy in CUDA C++: ``csrc/cuda/linear_cross_entropy.cu``.
 
 For cards without tensor cores. The logits are not stored; their gradients are, for as many words at
-a time as ``CHUNK_BYTES`` hold with all rows. The two products with them are plain, and cuBLAS does
+a time as 64 MiB hold with all rows. The two products with them are plain, and cuBLAS does
 them through torch: the rows of ``dweight`` for these words are complete at once, and what is added
 up over the chunks is the small ``dx``.
 """
@@ -11,12 +11,8 @@ from torch import Tensor
 
 from pyllm.cuda_kernels._launch import dtype_code, launch, ready
 from pyllm.cuda_kernels._tile import tile_columns
+from pyllm.reference._loss_sizes import chunk_words
 from pyllm.reference._precision import accumulation_dtype
-
-CHUNK_BYTES = 64 * 2**20
-"""For the gradients of logits, beside which 4,096 rows of 50,257 words would take 412 MB."""
-WORDS = 128
-"""A chunk has a multiple of so many words, a tile's, but the last one."""
 
 
 def linear_cross_entropy_forward(
@@ -60,8 +56,7 @@ def linear_cross_entropy_backward(
     x_ND, weight_VD, targets_N = ready(x_ND), ready(weight_VD), ready(targets_N, torch.int64)
     dloss_N, lse_N = ready(dloss_N, wide), ready(lse_N, wide)
     (n_rows, width), n_words = x_ND.shape, weight_VD.shape[0]
-    fit = CHUNK_BYTES // (max(n_rows, 1) * x_ND.element_size())
-    chunk = min(max(fit // WORDS, 1) * WORDS, max(n_words, 1))
+    chunk = chunk_words(n_rows, n_words, x_ND.element_size())
     dlogits = x_ND.new_empty(n_rows * chunk)
     dx_ND = x_ND.new_zeros(n_rows, width, dtype=wide)
     dweight_VD = torch.empty_like(weight_VD)

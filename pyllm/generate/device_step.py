@@ -9,6 +9,7 @@ next token stands are numbers on the device. The host reads a token while the ne
 import warnings
 from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import cache
 from typing import TYPE_CHECKING
 
 import torch
@@ -329,15 +330,16 @@ def capture_graph(step: DeviceStep) -> Callable[[], None]:
     step.running_B.zero_()  # so that nothing is written
     graph = torch.cuda.CUDAGraph()
     mode = torch.cuda.get_sync_debug_mode()
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
+    current = torch.cuda.current_stream()
+    stream = _capture_stream(torch.cuda.current_device(), current.cuda_stream)
+    stream.wait_stream(current)
     try:
         with torch.cuda.stream(stream):
             for number in range(WARM_UP):
                 # What waits for the device is found here, where it harms nothing yet.
-                torch.cuda.set_sync_debug_mode("error" if number else mode)
+                _watch_for_waits("error" if number else mode)
                 step.run()
-        torch.cuda.set_sync_debug_mode(mode)
+        _watch_for_waits(mode)
         torch.cuda.current_stream().wait_stream(stream)
         with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
             step.run()
@@ -347,11 +349,26 @@ def capture_graph(step: DeviceStep) -> Callable[[], None]:
         say_once(f"a step of generation is no CUDA graph, and so slower: {reason}")
         found = step.run
     finally:
-        torch.cuda.set_sync_debug_mode(mode)
+        _watch_for_waits(mode)
         torch.cuda.current_stream().wait_stream(stream)
         step.running_B.copy_(running_B)
         step.column_1.copy_(column_1)
     return found
+
+
+@cache
+def _capture_stream(device: int, callers: int) -> torch.cuda.Stream:
+    """One for all captures that a stream asks for: PyTorch keeps a workspace of cuBLAS for every
+    stream that has multiplied matrices, 32 MiB on Hopper and 8 on others, until the process ends.
+    Graphs that share one must not run at once, as those of two streams may."""
+    return torch.cuda.Stream(device)
+
+
+def _watch_for_waits(mode: str | int) -> None:
+    """``torch.cuda.set_sync_debug_mode``, which says at its first call that it is a prototype."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Synchronization debug mode is a prototype", UserWarning)
+        torch.cuda.set_sync_debug_mode(mode)
 
 
 def say_once(message: str) -> None:

@@ -22,12 +22,23 @@ from torch.utils._pytree import tree_leaves
 
 from pyllm.models import ModelConfig, Transformer
 from pyllm.ops._registry import PREFERENCES, choose_face
+from pyllm.reference._loss_sizes import (
+    SPAN,
+    Card,
+    cuda_scratch,
+    slab_splits,
+    slab_words,
+    triton_scratch,
+)
 from pyllm.reference._precision import accumulation_dtype, product_dtype
 from pyllm.reference.linear_cross_entropy import CHUNK
 from pyllm.train.config import TrainConfig
 from pyllm.train.device import autocast
 from pyllm.train.muon import Muon
 from pyllm.train.optimizer import kept_state, make_optimizers, step_loss
+
+SMALL_CARD = Card(1 << 32, 132)
+"""Of 4 GiB; the multiprocessors of a large one, which ask for more sums side by side."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +67,11 @@ class MemoryEstimate:
 
 
 def estimate_memory(
-    model: ModelConfig, train: TrainConfig, dtype: torch.dtype, device: str = "cuda"
+    model: ModelConfig,
+    train: TrainConfig,
+    dtype: torch.dtype,
+    device: str = "cuda",
+    memory: int | None = None,
 ) -> MemoryEstimate:
     """The peak of a step of ``train``, once the optimizer has its state.
 
@@ -66,6 +81,8 @@ def estimate_memory(
             gradients are held while the next one runs.
         dtype: of the matrix products.
         device: ``cuda`` or ``cpu``, whose faces run. It need not be here.
+        memory: bytes of the card that is meant: the loss works in larger pieces on a larger one. By
+            default what this process may take of the one that is here, else 4 GiB.
 
     Raises:
         ValueError: the sequences are longer than the model's context.
@@ -74,7 +91,20 @@ def estimate_memory(
     chosen = {name: getattr(train, name) for name in relevant}
     # Any two micro-batches are as large as any more: that is what may be kept in the cache.
     settings = TrainConfig(**chosen, accumulation=min(train.accumulation, 2))
-    return _estimate(model, settings, dtype, device)
+    card = _card(memory) if device == "cuda" else SMALL_CARD
+    return _estimate(model, settings, dtype, device, card)
+
+
+def _card(memory: int | None) -> Card:
+    card = SMALL_CARD
+    if torch.cuda.is_available():
+        properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+        share = torch.cuda.get_per_process_memory_fraction()
+        card = Card(int(share * properties.total_memory), properties.multi_processor_count)
+    if memory is not None:
+        # All cards up to 4 GiB are alike to the loss: one estimate serves them.
+        card = replace(card, memory=max(memory, SMALL_CARD.memory))
+    return card
 
 
 def measure_memory(config: ModelConfig, train: TrainConfig, dtype: torch.dtype) -> int:
@@ -113,10 +143,10 @@ def measure_memory(config: ModelConfig, train: TrainConfig, dtype: torch.dtype) 
 
 @lru_cache(maxsize=256)
 def _estimate(
-    model: ModelConfig, train: TrainConfig, dtype: torch.dtype, device: str
+    model: ModelConfig, train: TrainConfig, dtype: torch.dtype, device: str, card: Card
 ) -> MemoryEstimate:
     updating = _update_peak(model, train.optimizer, dtype)
-    passing = _passes_peak(model, train, dtype, device)
+    passing = _passes_peak(model, train, dtype, device, card)
     passing = replace(passing, optimizer=updating.optimizer)
     return max(passing, updating, key=lambda estimate: estimate.total)
 
@@ -133,13 +163,13 @@ def _without_numbers() -> Iterator[None]:
 
 
 def _passes_peak(
-    config: ModelConfig, train: TrainConfig, dtype: torch.dtype, device: str
+    config: ModelConfig, train: TrainConfig, dtype: torch.dtype, device: str, card: Card
 ) -> MemoryEstimate:
     """Of forward and backward, the optimizer's state not counted."""
     with _without_numbers():
         model = Transformer(config).train()
         model.recompute = train.recompute
-        ledger = Ledger(device, dtype)
+        ledger = Ledger(device, dtype, card)
         ledger.watch(model)
         with ledger:
             if train.accumulation > 1:
@@ -189,16 +219,20 @@ class Ledger(TorchDispatchMode):
         device: whose faces are assumed to run.
         dtype: of the matrix products; float16 stands for a card without bfloat16 and Triton, where
             the card itself is not here to be asked.
+        card: how large it is.
 
     Attributes:
         peak: what was held at the worst moment so far.
     """
 
-    def __init__(self, device: str, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self, device: str, dtype: torch.dtype = torch.float32, card: Card = SMALL_CARD
+    ) -> None:
         super().__init__()
         self.peak = MemoryEstimate()
         self._device = device
         self._dtype = dtype
+        self._card = card
         self._held: dict[int, tuple[int, str, Any]] = {}
         self._sums = dict.fromkeys((part.name for part in fields(MemoryEstimate)), 0)
         self._forwards = 0
@@ -277,7 +311,8 @@ class Ledger(TorchDispatchMode):
                 self.hold(tensor, self._kind(func, args))
         inner = {}
         if func.namespace == "pyllm":
-            inner = inner_memory(func._opname, self._face(func._opname, args[-1]), args)
+            face = self._face(func._opname, args[-1]).partition(",")[0]
+            inner = inner_memory(func._opname, face, args, self._card)
         self.record(**inner)
         return result
 
@@ -304,13 +339,17 @@ class Ledger(TorchDispatchMode):
         return next((face for face in faces if not (old and face == "triton")), "reference")
 
 
-def inner_memory(name: str, face: str, arguments: tuple[Any, ...]) -> dict[str, int]:
+def inner_memory(
+    name: str, face: str, arguments: tuple[Any, ...], card: Card = SMALL_CARD
+) -> dict[str, int]:
     """What ``<op>_forward`` or ``<op>_backward`` holds inside at its peak, beside its results:
     bytes of ``logits`` and ``workspace``.
 
     Only what grows with the model and is not small beside its results; the C++ faces of the CPU
     work in a few MB of the cache.
     """
+    if name == "linear_cross_entropy_backward":
+        return _loss_backward(face, card, *arguments)
     formula = _INNER.get(name)
     return {} if formula is None else formula(face, *arguments)
 
@@ -318,6 +357,10 @@ def inner_memory(name: str, face: str, arguments: tuple[Any, ...]) -> dict[str, 
 def _loss_forward(face: str, x_ND: Tensor, weight_VD: Tensor, *_: Any) -> dict[str, int]:
     if face == "cpu":
         return {}
+    if face in ("triton", "cuda"):  # the largest logit and the sum of each span, and the target's
+        words = SPAN if face == "triton" else 128 if x_ND.element_size() == 2 else 64
+        spans = -(-weight_VD.shape[0] // words)
+        return {"workspace": (2 * spans + 1) * x_ND.shape[0] * _wide(x_ND)}
     wide, product = _wide(x_ND), _product(x_ND)
     chunk = min(CHUNK, x_ND.shape[0]) * weight_VD.shape[0]
     widened = 0 if product == x_ND.element_size() else weight_VD.numel() * product
@@ -326,9 +369,18 @@ def _loss_forward(face: str, x_ND: Tensor, weight_VD: Tensor, *_: Any) -> dict[s
 
 
 def _loss_backward(
-    face: str, dloss_N: Tensor, x_ND: Tensor, weight_VD: Tensor, *_: Any
+    face: str, card: Card, dloss_N: Tensor, x_ND: Tensor, weight_VD: Tensor, *_: Any
 ) -> dict[str, int]:
     wide, size = _wide(x_ND), x_ND.element_size()
+    (n_rows, width), n_words = x_ND.shape, weight_VD.shape[0]
+    if face == "triton":
+        slab = slab_words(n_rows, n_words, size, card)
+        splits = slab_splits(n_rows, width, slab, size, card)
+        scratch = triton_scratch(n_rows, width, size, slab, splits)
+        return {"logits": scratch.logits, "workspace": scratch.rest}
+    if face == "cuda":
+        scratch = cuda_scratch(n_rows, n_words, width, size)
+        return {"logits": scratch.logits, "workspace": scratch.rest}
     if face == "cpu":
         if x_ND.dtype == torch.float16:  # all of it in float32
             return {"workspace": 2 * (x_ND.numel() + weight_VD.numel()) * wide}
@@ -373,7 +425,11 @@ def _experts_backward(
     return {"workspace": rows * (w_in.shape[1] + hidden + width) * size}
 
 
-def _attention_forward(face: str, q_BTHK: Tensor, k_BSGK: Tensor, *_: Any) -> dict[str, int]:
+def _attention_forward(
+    face: str, q_BTHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, *_: Any
+) -> dict[str, int]:
+    if face == "cuda":
+        return {"workspace": _copied(q_BTHK, k_BSGK, v_BSGK)}
     if face != "reference":
         return {}
     batch, n_queries, n_heads, _width = q_BTHK.shape
@@ -382,13 +438,30 @@ def _attention_forward(face: str, q_BTHK: Tensor, k_BSGK: Tensor, *_: Any) -> di
 
 
 def _attention_backward(
-    face: str, dy_BTHK: Tensor, q_BTHK: Tensor, k_BSGK: Tensor, *_: Any
+    face: str,
+    dy_BTHK: Tensor,
+    q_BTHK: Tensor,
+    k_BSGK: Tensor,
+    v_BSGK: Tensor,
+    y_BTHK: Tensor,
+    lse_BHT: Tensor,
+    *_: Any,
 ) -> dict[str, int]:
+    of_rows = lse_BHT.numel() * _wide(q_BTHK)
+    if face == "triton":  # delta, and the log-sum-exp in base 2
+        return {"workspace": 2 * of_rows}
+    if face == "cuda":
+        return {"workspace": of_rows + _copied(dy_BTHK, q_BTHK, k_BSGK, v_BSGK, y_BTHK)}
     if face != "reference":
         return {}
     batch, n_queries, n_heads, _width = q_BTHK.shape
     scores = batch * n_heads * n_queries * k_BSGK.shape[1]
     return {"workspace": scores * 5 * _wide(q_BTHK)}
+
+
+def _copied(*tensors: Tensor) -> int:
+    """Bytes of the copies that a face makes which wants its tensors in one piece."""
+    return sum(x.numel() * x.element_size() for x in tensors if not x.is_contiguous())
 
 
 def _wide(tensor: Tensor) -> int:
@@ -403,7 +476,6 @@ def _product(tensor: Tensor) -> int:
 
 _INNER: dict[str, Callable[..., dict[str, int]]] = {
     "linear_cross_entropy_forward": _loss_forward,
-    "linear_cross_entropy_backward": _loss_backward,
     "moe_ffn_forward": _experts_forward,
     "moe_ffn_backward": _experts_backward,
     "attention_forward": _attention_forward,

@@ -10,7 +10,8 @@ from pyllm.train.config import TrainConfig
 from pyllm.train.memory import MemoryEstimate, estimate_memory
 
 CONTEXT = 1 << 29
-"""Bytes that CUDA's context, its libraries and the kernels' code take: 0.5 GiB."""
+"""Bytes that CUDA's context, its libraries and the kernels' code take: 0.5 GiB, a guess, not yet
+measured on a card."""
 FRAGMENTATION = 0.06
 """The share of the rest that PyTorch's allocator may hold in pieces of the wrong size: with blocks
 of 2 and 20 MB a guess, not yet measured on a card."""
@@ -49,9 +50,15 @@ def memory_budget(vram: int) -> int:
 
 
 def plan_batch(
-    model: ModelConfig, train: TrainConfig, dtype: torch.dtype, budget: int, device: str = "cuda"
+    model: ModelConfig,
+    train: TrainConfig,
+    dtype: torch.dtype,
+    budget: int,
+    device: str = "cuda",
+    memory: int | None = None,
 ) -> Plan:
     """The largest micro-batch that fits; ``batch_size`` x ``accumulation`` stays what it is.
+    ``memory`` as :func:`pyllm.train.memory.estimate_memory` has it.
 
     A step's peak, as a function of the micro-batch, is the largest of several straight lines (one
     for each moment): it only grows, so halving the list of divisors finds the place.
@@ -61,7 +68,7 @@ def plan_batch(
 
     def plan(rows: int) -> Plan:
         chosen = replace(train, batch_size=rows, accumulation=sequences // rows)
-        return Plan(chosen, estimate_memory(model, chosen, dtype, device), budget)
+        return Plan(chosen, estimate_memory(model, chosen, dtype, device, memory), budget)
 
     best = plan(sizes[0])
     low, high = 0, len(sizes) - 1
@@ -76,7 +83,12 @@ def plan_batch(
 
 
 def plan_training(
-    model: ModelConfig, train: TrainConfig, dtype: torch.dtype, budget: int, device: str = "cuda"
+    model: ModelConfig,
+    train: TrainConfig,
+    dtype: torch.dtype,
+    budget: int,
+    device: str = "cuda",
+    memory: int | None = None,
 ) -> Plan:
     """What to change so that a step fits, in the order of what it costs.
 
@@ -86,7 +98,7 @@ def plan_training(
     """
     plans = []
     for chosen in _choices(train):
-        plan = plan_batch(model, chosen, dtype, budget, device)
+        plan = plan_batch(model, chosen, dtype, budget, device, memory)
         if plan.fits:
             return plan
         plans.append(plan)

@@ -61,7 +61,9 @@ def test_a_kernel_waits_for_what_is_on_its_stream(op: str) -> None:
     torch.cuda.synchronize()
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
-        torch.cuda._sleep(100_000_000)
+        call()  # so that its memory is there: cudaMalloc may wait for the device
+        stream.synchronize()
+        torch.cuda._sleep(200_000_000)  # a tenth of a second
         values = call()
         assert not stream.query(), "the launch waited for the card"
     stream.synchronize()

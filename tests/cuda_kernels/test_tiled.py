@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from pyllm._native import cuda_extension, cuda_on_cpu
 from pyllm.ops import attention, available_faces, linear_cross_entropy, moe_ffn
 from pyllm.ops._registry import face_module
+from pyllm.reference import _loss_sizes
 from pyllm.testing import OPERATIONS, OpCase, check_face
 from pyllm.testing.check import expectations, run_face
 from pyllm.testing.suite import TILED
@@ -90,7 +91,7 @@ def test_a_head_that_is_too_wide_goes_to_the_next_face() -> None:
 
 @pytest.fixture
 def narrow_chunks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(face_module("linear_cross_entropy", "cuda"), "CHUNK_BYTES", 1)
+    monkeypatch.setattr(_loss_sizes, "CHUNK_BYTES", 1)
     yield
 
 

@@ -25,6 +25,7 @@ from .test_native import FAMILY, make
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.filterwarnings("ignore:.*which is slower:UserWarning"),
+    pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype:UserWarning"),
 ]
 
 
@@ -183,6 +184,7 @@ def test_the_large_mixture_writes_in_little_memory(dtype: str, most: float, tmp_
     if dtype == "int8":
         quantize_folder(folder, tmp_path / "ints")
         folder = tmp_path / "ints"
+    torch.cuda.empty_cache()
     command = [sys.executable, "-c", MEMORY, str(folder), dtype]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]

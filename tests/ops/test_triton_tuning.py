@@ -77,7 +77,7 @@ def test_nothing_is_timed_again_for_another_number_of_tokens(
     found = []
     for tokens, words in ((5, 1024), (40, 512)):
         # More rows leave less memory for the words of each.
-        monkeypatch.setattr(linear_cross_entropy, "_words_of_slab", lambda x, words=words: words)
+        monkeypatch.setattr(linear_cross_entropy, "_cut", lambda x, n, words=words: (words, 2))
         sizes = {**OPERATIONS[op].smoke[2], "N": tokens, "V": 1024}
         if op == "moe_ffn":
             del sizes["V"]
@@ -131,7 +131,7 @@ def test_what_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
 @interpreted
 def test_padded_words_of_a_slab_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """The last slab ends in no multiple of 16: beyond it lie the zeros that the kernels read."""
-    monkeypatch.setattr(linear_cross_entropy, "_words_of_slab", lambda x: 256)
+    monkeypatch.setattr(linear_cross_entropy, "_cut", lambda x, n: (256, 2))
     for words in (257, 271, 272, 500):
         sizes = {"N": 20, "D": 24, "V": words, "ignored": "some"}
         check_face(LINEAR_CROSS_ENTROPY.case(sizes), linear_cross_entropy, torch.float32)

@@ -47,6 +47,9 @@ def test_moe_tiny_on_a_small_card(answer: Answer) -> None:
     assert number(lines, "weights") == 43
     assert number(lines, "PyTorch's allocations") < number(lines, "room for them") < 512
     assert number(lines, "1GiB in all") == 1024
+    shares = ("room for them", "pieces of the wrong size", "CUDA's context")
+    assert abs(sum(number(lines, name) for name in shares) - 1024) <= len(shares)
+    assert lines[-2].startswith("Guesses, not yet measured on a card: 6% for pieces of the wrong")
 
 
 @pytest.mark.parametrize("optimizer", ["preset", "adamw8bit"])

@@ -1,5 +1,6 @@
 """The checks see what they are there to see, and declarations are well formed."""
 
+import warnings
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -37,6 +38,15 @@ def test_poisoned_memory() -> None:
         assert torch.empty(3).isnan().all()
         assert torch.empty_like(torch.ones(2, dtype=torch.bfloat16)).isnan().all()
     assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_poisoned_memory_says_nothing_of_other_operations() -> None:
+    """On a card PyTorch warns of every matrix product there, an error under pytest."""
+    with poisoned_memory():
+        warnings.warn("Deterministic behavior was enabled with either `torch.use_d", stacklevel=1)
+        warnings.warn("a does not have a deterministic implementation, but", stacklevel=1)
+        with pytest.raises(UserWarning):
+            warnings.warn("rms_norm runs on the reference face", stacklevel=1)
 
 
 def test_a_face_may_not_write_to_its_inputs() -> None:

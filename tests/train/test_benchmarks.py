@@ -49,6 +49,7 @@ def test_gpu_benchmark_at_toy_size(start: Callable[..., tuple[int, list[Path]]])
     assert training["steps"] >= 20 and training["tokens_per_second"] > 0
     assert training["train_loss"]["last"] < training["train_loss"]["values"][0]
     assert training["settings"]["recompute"] and training["model"]["norm"] == "layer"
+    assert training["memory_cap"] is None and training["training_tokens"] > 1000
     assert 0 < training["val_bpb"] < 8
     assert [row["dtype"] for row in content["decode"]] == ["float32", "bfloat16"]
     for row in content["decode"]:
@@ -68,6 +69,8 @@ def test_gpu_benchmark_at_toy_size(start: Callable[..., tuple[int, list[Path]]])
 def check_parts(content: dict[str, Any]) -> None:
     """Ours and the peers are beside each other, and nothing failed."""
     assert content["bandwidth"]["bytes_per_second"] > 0
+    assert not [name for name in content if name.endswith("_error")], content
+    assert content["skipped_parts"] == {} and min(content["seconds"].values()) > 0
     [mixture] = content["experts"]
     times = {row["name"]: row["median"] for row in mixture["rows"]}
     assert times.keys() == {"pyllm", "grouped_mm"}
@@ -75,7 +78,10 @@ def check_parts(content: dict[str, Any]) -> None:
     assert peer["times_as_slow_as_ours"] == times["grouped_mm"] / times["pyllm"]
     told = [(row["window"], row["stage"], len(row["rows"])) for row in content["attention"]]
     stages = ("forward", "forward and backward")
-    assert told == [(window, stage, n) for window, n in ((None, 2), (8, 3)) for stage in stages]
+    assert told == [(window, stage, 3) for window in (None, 8) for stage in stages]
+    # The same is computed, but for bfloat16.
+    assert mixture["difference"] < 0.01
+    assert all(row["difference"] < 0.01 for row in content["attention"])
     assert not [row for case in content["attention"] for row in case["rows"] if "skipped" in row]
     rows = content["int8_linear"]["rows"]
     assert [row["name"] for row in rows] == ["W8A8", "W8A16"] * 2
@@ -84,6 +90,13 @@ def check_parts(content: dict[str, Any]) -> None:
     assert decode["seconds_a_token"]["median"] > 0 and decode["times_the_floor"] > 0
     assert [row["dtype"] for row in content["memory"]] == ["bfloat16", "int8"]
     assert all(row["process_growth"] > 0 for row in content["memory"])
+    targets = content["targets"]
+    assert [row["at least"] for row in targets[:5]] == [1.2, 1.0, 1.0, 1.5, 1.5]
+    assert [row["at least"] for row in targets[5:9]] == [0.85] * 4
+    assert [row["at most"] for row in targets[9:]] == [1e-3, 400e6, 250e6, 3.4 * 2**30]
+    assert targets[0]["measured"] == peer["times_as_slow_as_ours"]
+    assert all(row["met"] in (True, False) for row in targets[:10])
+    assert all(row["met"] is None for row in targets[10:])  # of a card alone
 
 
 def test_less_memory_means_smaller_micro_batches(
@@ -120,6 +133,53 @@ def test_what_was_measured_before_a_failure_is_kept(
     assert code == 0
     assert content["training"]["error"].startswith("out of memory on cpu with one sequence of 32 t")
     assert content["operations"]
+
+
+def test_a_part_that_fails_costs_no_other(
+    start: Callable[..., tuple[int, list[Path]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the error is none that anybody expects, as one of Triton's compiler."""
+
+    class CompilationError(Exception):
+        pass
+
+    def fail(*_: Any, **__: Any) -> Any:
+        raise CompilationError("at 3:4")
+
+    monkeypatch.setattr(Trainer, "_accumulate", fail)
+    monkeypatch.setattr("pyllm.ops.moe_ffn", fail)
+    monkeypatch.delitem(sys.modules, "_gpu_parts", raising=False)  # it has the sound one
+    flags = ["--device", "cpu", "--toy", "--part"]
+    for part in ("training", "experts"):
+        code, files = start("gpu.py", *flags, part)
+        assert code == 0 and len(files) == 1
+        content = read(files[0])
+        if part == "training":
+            assert content["training"] is None
+            assert content["training_error"] == "CompilationError: at 3:4"
+        else:
+            rows = {row["name"]: row for row in content["experts"][0]["rows"]}
+            assert rows["pyllm"] == {"name": "pyllm", "skipped": "CompilationError: at 3:4"}
+            assert rows["grouped_mm"]["median"] > 0
+            assert content["targets"][0]["measured"] is None
+        files[0].unlink()
+
+
+@pytest.mark.slow
+def test_parts_in_processes_of_their_own(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """As on a card. One that is ended keeps what it had found until then."""
+    monkeypatch.setattr(sys, "path", [str(BENCHMARKS), *sys.path])
+    gpu = runpy.run_path(str(BENCHMARKS / "gpu.py"))
+    machine, facts = gpu["look_apart"]("cpu")
+    assert machine["torch"] == torch.__version__ and facts == {"name": "cpu"}
+    config = gpu["Config"](device="cpu", toy=True, minutes=0, results=tmp_path / "nowhere")
+    found = gpu["run_apart"]("int8_linear", config, 300.0, tmp_path / "out")
+    assert list(found) == ["int8_linear", "bandwidth"] and len(found["int8_linear"]["rows"]) == 4
+    found = gpu["run_apart"]("training", config, 0.5, tmp_path / "out")
+    assert found["training"] is None and found["training_error"].endswith("ended after 0 s")
+    assert not (tmp_path / "nowhere").exists()
 
 
 def test_gpu_benchmark_without_a_card(

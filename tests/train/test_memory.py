@@ -1,16 +1,24 @@
 """The estimate of a step's memory, against what the allocator says of a real step; and the plan."""
 
 import io
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from itertools import product
+from types import SimpleNamespace
 
 import pytest
 import torch
 from rich.console import Console
 
 from pyllm.models import ModelConfig, count_parameters, preset
-from pyllm.ops import _registry
+from pyllm.ops import _registry, available_faces
+from pyllm.ops._registry import face_module
+from pyllm.reference import _loss_sizes
+from pyllm.reference._loss_sizes import Card
+from pyllm.testing import OPERATIONS
+from pyllm.testing.check import run_forward
+from pyllm.testing.declaration import as_tuple
+from pyllm.testing.suite import faces_on
 from pyllm.train import TRAIN_PRESETS, RunConfig, TrainConfig, memory
 from pyllm.train import run as train_run
 from pyllm.train.memory import MemoryEstimate, estimate_memory, inner_memory, measure_memory
@@ -80,12 +88,107 @@ def test_a_kernel_without_a_formula_takes_nothing() -> None:
     assert inner_memory("rms_norm_forward", "reference", ()) == {}
 
 
+FACES = [
+    (op, face)
+    for op in ("linear_cross_entropy", "moe_ffn", "attention")
+    for face in ("triton", "cuda")
+    if face in faces_on("cpu", available_faces(op))
+]
+SIZES = {
+    "linear_cross_entropy": {"N": 300, "D": 48, "V": 2000, "ignored": "some"},
+    "moe_ffn": {"N": 96, "D": 64, "F": 48, "E": 4, "A": 2, "load": "even", "act": "swiglu"},
+    "attention": {
+        "T": 48, "past": 0, "B": 2, "G": 2, "J": 2, "K": 32, "window": 0, "causal": True
+    },
+}  # fmt: skip
+
+
+def taken(call: Callable[[], object], given: Sequence[object]) -> tuple[int, int]:
+    """Bytes that a call holds at most beside what it is given, and those of its results."""
+    ledger = memory.Ledger("cpu")
+    for value in given:
+        if isinstance(value, torch.Tensor):
+            ledger.hold(value, "weights")
+    before = ledger._sums["weights"]
+    with ledger:
+        results = as_tuple(call())
+    return ledger.peak.total - before, sum(result.nbytes for result in results)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize(("op", "face"), FACES)
+def test_what_the_kernels_of_a_card_take_inside(
+    op: str, face: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their launchers run here, and what they allocate is heard; what the kernels compute in
+    Triton's interpreter or on the CPU does not matter to it."""
+    module, case = face_module(op, face), OPERATIONS[op].case(SIZES[op])
+    card = Card(1 << 32, 2)
+    monkeypatch.setattr(_loss_sizes, "LEAST_SLAB_BYTES", 1 << 19)
+    monkeypatch.setattr(_loss_sizes, "MOST_SLAB_BYTES", 1 << 19)
+    monkeypatch.setattr(_loss_sizes, "CHUNK_BYTES", 1 << 18)
+    if (op, face) == ("linear_cross_entropy", "triton"):
+
+        def cut(x_ND: torch.Tensor, n_words: int) -> tuple[int, int]:
+            size = x_ND.element_size()
+            slab = _loss_sizes.slab_words(len(x_ND), n_words, size, card)
+            return slab, _loss_sizes.slab_splits(*x_ND.shape, slab, size, card)
+
+        blocks = {size: choices[0] for size, choices in module.ROW_GRADIENT.items()}
+        assert {size: (each.m, each.n) for size, each in blocks.items()} == _loss_sizes.ROW_BLOCK
+        monkeypatch.setattr(module, "_cut", cut)
+        monkeypatch.setattr(module, "SPAN", _loss_sizes.SPAN)
+    inputs = case.make_inputs(dtype)
+    outputs = run_forward(case, case.operation.reference, inputs)
+    known = {**inputs, **outputs}
+    known |= {f"d{name}": torch.ones_like(value) for name, value in outputs.items()}
+    for stage in ("forward", "backward"):
+        arguments = list(inputs.values())
+        if stage == "backward":
+            arguments = [known[name] for name in case.operation.backward]
+        function = getattr(module, f"{op}_{stage}")
+        peak, results = taken(lambda f=function, given=arguments: f(*given), arguments)
+        inner = inner_memory(f"{op}_{stage}", face, tuple(arguments), card)
+        estimate = sum(inner.values()) + results
+        # Small here, and not counted: the places of the rows, and masks of them.
+        assert estimate == pytest.approx(peak, rel=0.1), (stage, inner)
+        assert inner or stage == "forward"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["moe-tiny", "moe-158m", "moe-158m-gpt", "dense-50m"])
 @pytest.mark.parametrize(("dtype", "recompute"), [(torch.float32, False), (torch.bfloat16, True)])
 def test_of_a_preset(name: str, dtype: torch.dtype, recompute: bool) -> None:
     """benchmarks/train_memory.py takes more sizes."""
     check(preset(name), dtype, batch_size=2, optimizer="adamw", recompute=recompute)
+
+
+def test_a_large_card_holds_more_logits() -> None:
+    """The loss takes a 64th of the card; a plan for another card asks for that one."""
+    model = replace(SMALL, vocab_size=50_000, n_layers=1)
+    train = TrainConfig(batch_size=64, seq_len=512)
+    none, two, four, large, largest = (
+        estimate_memory(model, train, torch.bfloat16, "cuda", memory)
+        for memory in (None, 2 * GIB, 4 * GIB, 16 * GIB, 139 * GIB)
+    )
+    assert none == two == four and four.total < large.total < largest.total
+    assert large.logits == 256 << 20 and largest.logits == 1 << 30
+
+
+def test_a_cap_stands_for_a_smaller_card(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process that may take 3.4 GiB of a large card takes the slab of a small one."""
+    module = face_module("linear_cross_entropy", "triton")
+    if module is None:
+        pytest.skip("triton is not installed")
+    card = SimpleNamespace(total_memory=139 * GIB, multi_processor_count=132)
+    monkeypatch.setattr(module, "INTERPRETED", False)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
+    x_ND = torch.empty(4096, 512, dtype=torch.float16, device="meta")
+    slabs = []
+    for share in (1.0, 3.4 / 139):
+        monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda _, s=share: s)
+        slabs.append(module._cut(x_ND, 50_257))
+    assert slabs == [(50_272, 3), (8192, 3)]  # 412 and 67 MB
 
 
 def test_the_parts_are_what_they_are_called() -> None:
