@@ -237,11 +237,11 @@ template <class T, class Left, class Tile>
 void launch_tiles(const void* left, const void* scales, const void* weight,
                   const void* weight_scale, void* y, std::int64_t rows, std::int64_t features,
                   std::int64_t width, Stream stream) {
-  launch("int8_linear", tensor_kernel<T, Left, Tile>,
-         {blocks_for(rows, Tile::kRows), blocks_for(features, Tile::kColumns)}, Tile::kThreads,
-         Tile::kStages * kStageBytes<Tile, Left>, stream, static_cast<const Left*>(left),
-         static_cast<const float*>(scales), static_cast<const signed char*>(weight),
-         static_cast<const Wide<T>*>(weight_scale), static_cast<T*>(y), rows, features, width);
+  launch<80>("int8_linear", tensor_kernel<T, Left, Tile>,
+             {blocks_for(rows, Tile::kRows), blocks_for(features, Tile::kColumns)}, Tile::kThreads,
+             Tile::kStages * kStageBytes<Tile, Left>, stream, static_cast<const Left*>(left),
+             static_cast<const float*>(scales), static_cast<const signed char*>(weight),
+             static_cast<const Wide<T>*>(weight_scale), static_cast<T*>(y), rows, features, width);
 }
 
 template <class T, class Left>

@@ -65,8 +65,9 @@ inline void require_launchable(const char* name, Grid grid, dim3 threads) {
   }
 }
 
-// kernel(arguments...) in every thread; nothing where the grid is empty. `name` is for messages.
-template <class... Parameters, class... Arguments>
+// kernel(arguments...) in every thread; nothing where the grid is empty. `name` is for messages;
+// `least_card` is the oldest that the kernel is for (75, 80, ...), whose shared memory has to do.
+template <int least_card = 75, class... Parameters, class... Arguments>
 void launch(const char* name, void (*kernel)(Parameters...), Grid grid, dim3 threads,
             std::size_t dynamic_bytes, Stream stream, Arguments... arguments) {
   require_launchable(name, grid, threads);
@@ -86,8 +87,8 @@ void launch(const char* name, void (*kernel)(Parameters...), Grid grid, dim3 thr
   }
 #else
   (void)stream;
-  cuda_on_cpu::launch(name, kernel, blocks, threads, dynamic_bytes,
-                      static_cast<Parameters>(arguments)...);
+  cuda_on_cpu::launch<least_card>(name, kernel, blocks, threads, dynamic_bytes,
+                                  static_cast<Parameters>(arguments)...);
 #endif
 }
 

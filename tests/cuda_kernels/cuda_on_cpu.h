@@ -41,8 +41,8 @@ namespace cuda_on_cpu {
 constexpr int kWarp = 32;
 constexpr int kMostThreads = 1024;
 constexpr std::size_t kStackBytes = 128 * 1024;
-// Shared memory of a block: without asking for more, and the most of a Turing card.
-constexpr std::size_t kShared = 48 * 1024, kMostShared = 64 * 1024;
+// Shared memory of a block: without asking for more, and the most of a Turing card and of an sm_86.
+constexpr std::size_t kShared = 48 * 1024, kTuringShared = 64 * 1024, kMostShared = 99 * 1024;
 
 #ifdef PYLLM_CUDA_RACES  // compiled with -fsanitize=thread, see cuda_races.cpp
 #define PYLLM_NOT_WATCHED __attribute__((noinline, no_sanitize("thread")))
@@ -109,14 +109,15 @@ class Machine {
   long launches = 0, block_count = 0;
   int barriers = 0, warp_barriers[kMostThreads / kWarp] = {};
 
-  // Calls `body(data)` in every thread of every block.
+  // Calls `body(data)` in every thread of every block, as a card does that may give a block
+  // `most_shared`.
   void run(const char* kernel, dim3 grid_size, dim3 threads, std::size_t dynamic_bytes,
-           void (*body)(void*), void* data) {
+           std::size_t most_shared, void (*body)(void*), void* data) {
     const std::lock_guard<std::mutex> lock(mutex_);
     kernel_ = kernel;
     grid = grid_size;
     block_size = threads;
-    require_valid(dynamic_bytes);
+    require_valid(dynamic_bytes, most_shared);
     ++launches;
     n_threads_ = static_cast<int>(threads.x * threads.y * threads.z);
     body_ = body;
@@ -124,7 +125,7 @@ class Machine {
     if (stacks_ == nullptr) make_stacks();
     if (shared_.empty()) shared_.resize(kMostShared + kAlignment);
     // launch() asks for more where the dynamic part alone is more.
-    shared_end_ = dynamic_bytes > kShared ? kMostShared : kShared;
+    shared_end_ = dynamic_bytes > kShared ? most_shared : kShared;
     const long n_blocks = static_cast<long>(grid.x) * grid.y * grid.z;
     std::vector<long> blocks(n_blocks);
     for (long i = 0; i < n_blocks; ++i) blocks[i] = i;
@@ -284,7 +285,7 @@ class Machine {
   }
 
   // What a card refuses with cudaErrorInvalidConfiguration or cudaErrorInvalidValue.
-  void require_valid(std::size_t dynamic_bytes) const {
+  void require_valid(std::size_t dynamic_bytes, std::size_t most_shared) const {
     const auto fits = [](dim3 size, unsigned x, unsigned y, unsigned z) {
       return size.x > 0 && size.x <= x && size.y > 0 && size.y <= y && size.z > 0 && size.z <= z;
     };
@@ -292,8 +293,9 @@ class Machine {
                        fits(block_size, 1024, 1024, 64) &&
                        std::uint64_t{block_size.x} * block_size.y * block_size.z <= kMostThreads;
     if (!valid) throw std::logic_error(std::string(kernel_) + ": an invalid configuration");
-    if (dynamic_bytes > kMostShared) {
-      throw std::logic_error(std::string(kernel_) + ": more than 64 KiB of shared memory");
+    if (dynamic_bytes > most_shared) {
+      throw std::logic_error(std::string(kernel_) + ": more than " +
+                             std::to_string(most_shared / 1024) + " KiB of shared memory");
     }
   }
 
@@ -419,12 +421,12 @@ class Machine {
 inline Machine machine;
 inline Machine& Machine::instance() { return machine; }
 
-template <class... Parameters, class... Arguments>
+template <int least_card = 75, class... Parameters, class... Arguments>
 inline void launch(const char* name, void (*kernel)(Parameters...), dim3 grid, dim3 threads,
                    std::size_t dynamic_bytes, Arguments... arguments) {
   auto body = [&] { kernel(arguments...); };
   machine.run(
-      name, grid, threads, dynamic_bytes,
+      name, grid, threads, dynamic_bytes, least_card < 80 ? kTuringShared : kMostShared,
       [](void* data) { (*static_cast<decltype(body)*>(data))(); }, &body);
 }
 
@@ -455,55 +457,5 @@ inline int lane() { return machine.current->number % kWarp; }
 #define blockDim (::cuda_on_cpu::machine.block_size)
 #define gridDim (::cuda_on_cpu::machine.grid)
 
-inline void __syncthreads(const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
-  cuda_on_cpu::machine.barrier(file, line, false);
-}
-inline int __syncthreads_count(int vote, const char* file = __builtin_FILE(),
-                               int line = __builtin_LINE()) {
-  cuda_on_cpu::machine.barrier(file, line, vote != 0);
-  return cuda_on_cpu::machine.votes();
-}
-inline int __syncthreads_or(int vote, const char* file = __builtin_FILE(),
-                            int line = __builtin_LINE()) {
-  return __syncthreads_count(vote, file, line) > 0;
-}
-
-inline void __syncwarp(unsigned mask = 0xffffffffu) {
-  cuda_on_cpu::machine.exchange(cuda_on_cpu::Collective::sync, mask, 0, 0);
-}
-inline unsigned __ballot_sync(unsigned mask, int vote) {
-  using cuda_on_cpu::Collective;
-  const std::uint64_t voted = vote != 0;
-  return static_cast<unsigned>(cuda_on_cpu::machine.exchange(Collective::ballot, mask, voted, 0));
-}
-inline int __any_sync(unsigned mask, int vote) { return __ballot_sync(mask, vote) != 0; }
-inline int __all_sync(unsigned mask, int vote) { return __ballot_sync(mask, vote) == mask; }
-inline unsigned __match_any_sync(unsigned mask, int value) {
-  using cuda_on_cpu::Collective;
-  const std::uint64_t bits = static_cast<unsigned>(value);
-  return static_cast<unsigned>(cuda_on_cpu::machine.exchange(Collective::match, mask, bits, 0));
-}
-
-// Lanes work in groups of `width`; a source outside of the group gives a lane its own value.
-template <class T>
-inline T __shfl_sync(unsigned mask, T value, int source, int width = cuda_on_cpu::kWarp) {
-  const int lane = cuda_on_cpu::lane(), first = lane - lane % width;
-  return cuda_on_cpu::shuffle(mask, value, first + (source & (width - 1)));
-}
-template <class T>
-inline T __shfl_up_sync(unsigned mask, T value, unsigned delta, int width = cuda_on_cpu::kWarp) {
-  const int lane = cuda_on_cpu::lane(), source = lane - static_cast<int>(delta);
-  return cuda_on_cpu::shuffle(mask, value, source < lane - lane % width ? lane : source);
-}
-template <class T>
-inline T __shfl_down_sync(unsigned mask, T value, unsigned delta, int width = cuda_on_cpu::kWarp) {
-  const int lane = cuda_on_cpu::lane(), source = lane + static_cast<int>(delta);
-  return cuda_on_cpu::shuffle(mask, value, source >= lane - lane % width + width ? lane : source);
-}
-template <class T>
-inline T __shfl_xor_sync(unsigned mask, T value, int flip, int width = cuda_on_cpu::kWarp) {
-  const int lane = cuda_on_cpu::lane(), source = lane ^ flip;
-  return cuda_on_cpu::shuffle(mask, value, source >= lane - lane % width + width ? lane : source);
-}
-
+#include "cuda_collectives.h"
 #include "cuda_tensor.h"
