@@ -6,8 +6,10 @@ import re
 import shutil
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 
+import pybind11
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -24,6 +26,10 @@ TENSOR_CORES = {"int8_linear_tensor": {"IMMA.16832.S8.S8", "HMMA.16816.F32", "HM
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(NVCC is None, reason="nvcc is not on PATH"),
+    pytest.mark.skipif(
+        None in (shutil.which("cmake"), shutil.which("ninja")),
+        reason="cmake and ninja are not on PATH",
+    ),
 ]
 _KERNEL = re.compile(
     r"Compiling entry function '(?P<name>\S+)' for 'sm_(?P<capability>\d+)'"
@@ -47,51 +53,50 @@ def _cuobjdump() -> str | None:
 CUOBJDUMP = _cuobjdump()
 
 
-@pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.stem)
-def test_no_spills_and_shared_memory_fits(
-    source: Path, tmp_path: Path, pytestconfig: pytest.Config
-) -> None:
-    cards = CAPABILITIES if pytestconfig.getoption("--all-cards") else TWO_CARDS
-    targets = [f"-gencode=arch=compute_{one},code=sm_{one}" for one in cards]
-    strict = ["-Werror", "all-warnings", "-Xptxas", "-v"]
-    flags = ["-std=c++17", "-O3", f"-I{ROOT / 'csrc'}", "--threads", "2", *strict, *targets]
-    command = [str(NVCC), *flags, "-c", str(source), "-o", str(tmp_path / "kernel.o")]
-    result = subprocess.run(command, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    kernels = [match.groupdict() for match in _KERNEL.finditer(result.stdout + result.stderr)]
+def _build(folder: Path, cards: tuple[int, ...]) -> str:
+    """The extension as ``pip install`` builds it, for these cards; returns what the compiler said.
+
+    All of it once, in one test, since compiling takes minutes.
+    """
+    configure = ["cmake", "-S", str(ROOT), "-B", str(folder), "-G", "Ninja", "-DPYLLM_CUDA=ON"]
+    configure += [
+        "-DCMAKE_CUDA_ARCHITECTURES=" + ";".join(f"{card}-real" for card in cards),
+        "-DCMAKE_CUDA_FLAGS=-Werror all-warnings -Xptxas -v",
+        f"-DCMAKE_CUDA_COMPILER={NVCC}",
+        f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={folder}",
+        f"-DPython_EXECUTABLE={sys.executable}",
+        f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+    ]
+    said = ""
+    for command in (configure, ["cmake", "--build", str(folder)]):
+        result = subprocess.run(command, capture_output=True, text=True)
+        assert result.returncode == 0, result.stdout + result.stderr
+        said += result.stdout + result.stderr
+    return said
+
+
+def _check_memory(said: str, cards: tuple[int, ...]) -> None:
+    kernels = [match.groupdict() for match in _KERNEL.finditer(said)]
     assert {int(kernel["capability"]) for kernel in kernels} == set(cards)
+    assert len(kernels) == said.count("Compiling entry function")
     for kernel in kernels:
         what = f"{kernel['name']} on sm_{kernel['capability']}"
         assert (kernel["stores"], kernel["loads"]) == ("0", "0"), f"{what} spills registers"
         shared = re.search(r"(\d+) bytes smem", kernel["rest"])
         assert shared is None or int(shared.group(1)) <= STATIC_SHARED, what
-    for one in cards if CUOBJDUMP is not None else ():
-        command = [CUOBJDUMP, "-sass", "-arch", f"sm_{one}", str(tmp_path / "kernel.o")]
+
+
+def _check_tensor_cores(folder: Path, cards: tuple[int, ...]) -> None:
+    objects = {path.name.split(".")[0]: path for path in folder.rglob("*.cu.o")}
+    assert set(objects) == {path.stem for path in SOURCES}
+    for (name, path), card in product(objects.items(), cards if CUOBJDUMP is not None else ()):
+        command = [CUOBJDUMP, "-sass", "-arch", f"sm_{card}", str(path)]
         code = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-        expected = TENSOR_CORES.get(source.stem, set()) if one >= 80 else set()
-        assert set(_TENSOR_CORES.findall(code)) == expected, f"tensor cores of sm_{one}"
+        expected = TENSOR_CORES.get(name, set()) if card >= 80 else set()
+        assert set(_TENSOR_CORES.findall(code)) == expected, f"tensor cores of sm_{card} in {name}"
 
 
-def test_a_call_without_a_driver_is_an_error(tmp_path: Path) -> None:
-    """The extension builds and loads where there is no card; a launch there says what is wrong."""
-    if shutil.which("cmake") is None or shutil.which("ninja") is None:
-        pytest.skip("cmake and ninja are not on PATH")
-    if shutil.which("nvidia-smi") is not None:
-        pytest.skip("there is a driver here")
-    import pybind11
-
-    configure = ["cmake", "-S", str(ROOT), "-B", str(tmp_path), "-G", "Ninja", "-DPYLLM_CUDA=ON"]
-    configure += [
-        "-DCMAKE_CUDA_ARCHITECTURES=75-real",
-        f"-DCMAKE_CUDA_COMPILER={NVCC}",
-        f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={tmp_path}",
-        f"-DPython_EXECUTABLE={sys.executable}",
-        f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
-    ]
-    for command in (configure, ["cmake", "--build", str(tmp_path)]):
-        result = subprocess.run(command, capture_output=True, text=True)
-        assert result.returncode == 0, result.stdout + result.stderr
-    built = list(tmp_path.glob("_cuda*"))
+def _check_call_without_driver(extension: Path) -> None:
     code = """
 from pyllm._native import cuda_extension
 native = cuda_extension()
@@ -106,11 +111,23 @@ for rows in (2**45, 3):
 """
     result = subprocess.run(
         [sys.executable, "-c", code],
-        env={**os.environ, "PYLLM_CUDA_EXTENSION": str(built[0])},
+        env={**os.environ, "PYLLM_CUDA_EXTENSION": str(extension)},
         capture_output=True,
         text=True,
     )
+    assert result.returncode == 0, result.stderr
     obstacle, too_large, no_driver = result.stdout.splitlines()
     assert obstacle == "CUDA driver version is insufficient for CUDA runtime version"
     assert "x 1 x 1 blocks of 128 threads cannot be launched" in too_large
     assert "rms_norm_forward: CUDA driver version is insufficient" in no_driver
+
+
+def test_the_extension_for_cards(tmp_path: Path, pytestconfig: pytest.Config) -> None:
+    """No warnings, no spills, shared memory that fits, tensor cores where they are meant; and
+    where there is no card it loads, and a launch says what is wrong."""
+    cards = CAPABILITIES if pytestconfig.getoption("--all-cards") else TWO_CARDS
+    _check_memory(_build(tmp_path, cards), cards)
+    _check_tensor_cores(tmp_path, cards)
+    if shutil.which("nvidia-smi") is None:
+        (extension,) = tmp_path.glob("_cuda*.so")
+        _check_call_without_driver(extension)

@@ -3,7 +3,7 @@
 Run as a program of its own, since ``TRITON_INTERPRET`` must not be set when triton is imported:
 ``python tests/ops/triton_compile.py moe_ffn bf16 90`` prints one JSON object per variant (see
 ``triton_kernels/_variants.py``). Operations, dtypes and compute capabilities are all of them where
-none is named.
+none is named. With ``even`` or ``odd`` every other variant of each kernel is compiled, and said so.
 """
 
 import contextlib
@@ -13,6 +13,7 @@ import os
 import re
 import sys
 import tempfile
+from collections import Counter
 from typing import Any
 
 os.environ["TRITON_DUMP_PTXAS_LOG"] = "1"
@@ -83,10 +84,14 @@ def main(arguments: list[str]) -> None:
     operations = [name for name in OPERATIONS if name in arguments] or list(OPERATIONS)
     dtypes = [dtype for dtype in DTYPES if dtype in arguments] or DTYPES[:3]
     capabilities = [c for c in CAPABILITIES if str(c) in arguments] or CAPABILITIES
+    left_out = {"even": 1, "odd": 0}.get(arguments[-1]) if arguments else None
     for operation in operations:
         module = face_module(operation, "triton")
         for dtype in dtypes if module else ():
+            seen: Counter[str] = Counter()
             for variant in module.variants(dtype):
+                compiled = seen[variant.kernel.name] % 2 != left_out
+                seen[variant.kernel.name] += 1
                 for capability in capabilities:
                     chosen = variant.shared <= LIMITS[capability]
                     row = {
@@ -96,11 +101,12 @@ def main(arguments: list[str]) -> None:
                         "dtype": dtype,
                         "capability": capability,
                         "chosen": chosen,
+                        "compiled": chosen and compiled,
                         "wants_mma": variant.mma,
                         "aligned": variant.aligned,
                         "estimate": variant.shared,
                     }
-                    if chosen:
+                    if chosen and compiled:
                         row |= compile_variant(variant, capability)
                     print(json.dumps(row), flush=True)
 

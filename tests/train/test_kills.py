@@ -29,7 +29,7 @@ pytestmark = [
 def killed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
     """The folder of the runs, and what is known of each kill."""
     folder = tmp_path_factory.mktemp("killed")
-    for name, count in (("train", 1500), ("valid", 6)):
+    for name, count in (("train", 300), ("valid", 6)):
         stories = write_stories(count, 0, name)
         text = "".join(f"{story}\n<|endoftext|>\n" for story in stories)
         (folder / f"{name}.txt").write_text(text, encoding="utf-8")
