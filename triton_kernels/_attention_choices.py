@@ -43,7 +43,7 @@ _NARROW = {
         256: (Choice(64, 32, 8, 2),),
     },
     "dq_kernel": {
-        32: (Choice(64, 64, 4, 2),),
+        32: (Choice(128, 64, 8, 2),),
         64: (Choice(64, 64, 4, 2), Choice(128, 64, 8, 2)),
         128: (Choice(128, 32, 8, 2), Choice(64, 64, 4, 2)),
         256: (Choice(32, 32, 8, 1),),
@@ -61,16 +61,26 @@ _RAGGED = {
     "dk_dv_kernel": Choice(32, 64, 8, 2),
 }
 """Up to 128 channels: where they fill no tile, the masks take the registers of larger ones."""
-_WIDE = {64: Choice(32, 32, 4, 1), 128: Choice(32, 32, 8, 1), 256: Choice(16, 16, 4, 1)}
-"""float32, which every kernel multiplies without tensor cores."""
+_WIDE = {
+    "forward_kernel": {
+        64: Choice(32, 32, 4, 1),
+        128: Choice(32, 32, 8, 1),
+        256: Choice(16, 16, 4, 1),
+    },
+    "dq_kernel": {64: Choice(32, 32, 4, 1), 128: Choice(32, 16, 8, 1)},
+    "dk_dv_kernel": {64: Choice(32, 32, 8, 1), 128: Choice(16, 32, 8, 1)},
+}
+_WIDE_OR_RAGGED = Choice(16, 16, 8, 1)
+"""float32, which every kernel multiplies without tensor cores: with masks for the channels, or
+more of them, larger tiles spill."""
 
 
 def choices(kernel: str, block_k: int, whole: bool, wide: bool) -> tuple[Choice, ...]:
     """Of ``kernel`` at a head padded to ``block_k``, which it fills if ``whole``; ``wide`` is
     float32. The first is the choice for what is too small to be timed."""
     if wide:
-        # With masks for the channels, the tiles of 128 spill on sm_80.
-        return (_WIDE[max(block_k, 64) if whole or block_k != 128 else 256],)
+        whole_choices = _WIDE[kernel] if whole else {}
+        return (whole_choices.get(max(block_k, 64), _WIDE_OR_RAGGED),)
     if not whole and block_k <= 128:
         return (_RAGGED[kernel],)
     return _NARROW[kernel][max(block_k, 32)]

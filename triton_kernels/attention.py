@@ -408,7 +408,7 @@ def attention_backward(
 def variants(dtype: str) -> Iterator[Variant]:
     """Every choice of the tuner at usual heads, and one at a width that fills no tile."""
     kernels = (forward_kernel, dq_kernel, dk_dv_kernel)
-    for width in (32, 64, 80, 128, 256):  # 80 for all that fill no tile
+    for width in (32, 64, 80, 128, 200, 256):  # 80 and 200 for all that fill no tile
         block_k = triton.next_power_of_2(width)
         fixed = {"BLOCK_K": block_k, "WHOLE_K": block_k == width}
         for kernel in kernels:
