@@ -12,10 +12,11 @@ CHOSEN = ("sdpa", "sdpa, heads repeated", "sdpa, a mask", "sdpa, causal")
 """Calls of PyTorch's attention; cuDNN is asked for by name, and FlexAttention is another one."""
 
 
-def beside_targets(content: Mapping[str, Any]) -> list[Row]:
+def beside_targets(content: Mapping[str, Any], promised: bool) -> list[Row]:
     """A row for each promise: what, target, measured (None where it was not) and whether it is
-    met."""
-    return [
+    met: None where it was not measured, or at other sizes or on another device than ``promised``.
+    """
+    rows = [
         *_experts(content.get("experts")),
         *_attention(content.get("attention")),
         *_int8(content.get("int8_linear")),
@@ -23,6 +24,7 @@ def beside_targets(content: Mapping[str, Any]) -> list[Row]:
         *_memory(content.get("memory")),
         *_training(content.get("training")),
     ]
+    return rows if promised else [row | {"met": None} for row in rows]
 
 
 def _row(what: str, target: float, measured: float | None, least: bool, **more: Any) -> Row:

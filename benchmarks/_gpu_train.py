@@ -135,8 +135,8 @@ class Steps:
 
     The clock chooses their number once, after the probe; the schedule is then that of a run of so
     many steps. The probe lies in the warmup, which does not depend on their number. Peaks of memory
-    are those after the probe: in it Triton tunes its kernels, with a buffer of 256 MB to clear the
-    caches with.
+    are those after the probe: in it Triton compiles and times its kernels, and the micro-batch is
+    halved until it fits.
     """
 
     def __init__(self, trainer: Trainer, end: float, keep: Keep) -> None:

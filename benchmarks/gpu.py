@@ -108,9 +108,14 @@ def main(config: Config) -> None:
     from _gpu_targets import beside_targets
     from _record import Record
 
-    from pyllm.models import choose_device
+    from pyllm.models.device import available_devices, choose_device
     from pyllm.train.run import default_folder
 
+    if config.device not in {name.partition(":")[0] for name in available_devices()}:
+        raise ValueError(
+            f"--device {config.device} is not on this machine; --device cpu --toy runs everything "
+            "at toy size, which measures nothing that was promised"
+        )
     device = choose_device(config.device)
     require_writable(config.results)
     folder = Path(config.out or default_folder("gpu"))
@@ -141,7 +146,7 @@ def main(config: Config) -> None:
         else:
             content |= run_apart(part, config, seconds, folder)
         content["seconds"][part] = time.monotonic() - started
-        content["targets"] = beside_targets(content)
+        content["targets"] = beside_targets(content, device.type == "cuda" and not config.toy)
         record.add(**content)
     for row in content["targets"]:
         print("target:", row)

@@ -17,10 +17,12 @@ through several blocks in every direction.
 
 import inspect
 import os
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, wraps
 from statistics import median
+from threading import Lock
 from typing import Any, Protocol
 
 import torch
@@ -35,6 +37,8 @@ smallest card."""
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 TIMED_RUNS = 15
+AHEAD_SECONDS, CYCLES_PER_SECOND = 1e-2, 2e9
+"""How long a card is kept waiting at most, by its fastest clock."""
 
 CARD_OPTIONS: dict[str, Any] = {"enable_fp_fusion": True}
 """Of every launch: Triton 3.10 is to compile without fused multiply-add unless told, of which 3.9
@@ -153,10 +157,17 @@ def on_its_card(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def milliseconds(call: Callable[[], None], quantiles: Any = None) -> list[float]:
     """How long a launch takes, the median of some. For ``triton.autotune``, whose own stopwatch
-    takes 256 MB to empty the cache with: a training step on a small card has no such memory."""
+    takes 256 MB to empty the cache with: a training step on a small card has no such memory.
+
+    The card is kept busy until the host has asked for all of them: on a large one these products
+    take microseconds, a launch from Python tens of them, and all choices would look alike.
+    """
     marks = [torch.cuda.Event(enable_timing=True) for _ in range(TIMED_RUNS + 1)]
     call()  # compiles
+    begun = time.perf_counter()
     call()
+    ahead = 2 * TIMED_RUNS * (time.perf_counter() - begun)
+    torch.cuda._sleep(int(min(ahead, AHEAD_SECONDS) * CYCLES_PER_SECOND))
     for mark in marks[:-1]:
         mark.record()
         call()
@@ -173,7 +184,10 @@ def _tuner(kernel: Any, choices: tuple[Configuration, ...], key: tuple[str, ...]
     return triton.autotune(configs, list(key), do_bench=milliseconds, cache_results=True)(kernel)
 
 
-_timed: set[tuple[object, ...]] = set()
+_best: dict[tuple[object, ...], Any] = {}
+"""Of each case that was timed, the configuration that won."""
+_timing = Lock()
+"""A tuner keeps the call that it is at in itself, and each card has a thread for its backward."""
 
 
 def launch(
@@ -200,10 +214,16 @@ def launch(
         dtypes = [value.dtype for value in arguments.values() if isinstance(value, Tensor)]
         card = torch.cuda.current_device()
         case = (suited, choices, card, *dtypes, *(arguments[name] for name in key))
+        best = _best.get(case)
+        if best is not None:
+            suited[grid](**arguments, **best.all_kwargs(), **CARD_OPTIONS)
+            return
         # Timing waits for the device, which a stream that is being captured must not.
-        if case in _timed or not torch.cuda.is_current_stream_capturing():
-            _tuner(suited, choices, key)[grid](**arguments, **CARD_OPTIONS)
-            _timed.add(case)
+        if not torch.cuda.is_current_stream_capturing():
+            with _timing:
+                tuner = _tuner(suited, choices, key)
+                tuner[grid](**arguments, **CARD_OPTIONS)
+                _best[case] = tuner.best_config
             return
     first = choices[0]
     options = {} if INTERPRETED else {"num_warps": first.warps, "num_stages": first.stages}

@@ -3,6 +3,9 @@
 import os
 import subprocess
 import sys
+import time
+from threading import Thread
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -88,10 +91,11 @@ def test_nothing_is_timed_again_for_another_number_of_tokens(
 
 
 class _Listening:
-    """In place of a kernel: in which configuration it is launched, or that it is timed."""
+    """In place of a kernel, and of its tuner: how it is launched."""
 
     def __init__(self) -> None:
         self.calls: list[Any] = []
+        self.best_config: Any = None
 
     def suited(self, arguments: dict[str, Any]) -> "_Listening":
         return self
@@ -100,32 +104,109 @@ class _Listening:
         self.calls.append(arguments["BLOCK_M"])
 
     def __getitem__(self, grid: Any) -> Any:
-        return lambda **arguments: self.calls.append("tuner")
+        def run(**arguments: Any) -> None:
+            self.calls.append(arguments.get("BLOCK_M", "timed"))
+            self.best_config = SimpleNamespace(all_kwargs=lambda: {"BLOCK_M": 99})
+
+        return run
 
 
-def test_what_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Large work that has a choice, and not for the first time while a graph is captured."""
-    capturing = False
-    monkeypatch.setattr(_tuning, "_timed", set())
+@pytest.fixture
+def listening(monkeypatch: pytest.MonkeyPatch) -> _Listening:
+    kernel = _Listening()
+    monkeypatch.setattr(_tuning, "_best", {})
     monkeypatch.setattr(_tuning, "_tuner", lambda kernel, choices, key: kernel)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
-    kernel, two = _Listening(), (_tuning.Blocks(16, 16, 16, 4, 1), _tuning.SMALL)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    return kernel
 
-    def launch(choices: Any, large: bool, width: int) -> Any:
-        _tuning.launch(kernel, choices, (1,), ("width",), large, width=width, x=torch.ones(1))
-        return kernel.calls[-1]
 
-    assert launch(two, False, 8) == 16
-    assert launch(two[:1], True, 8) == 16
-    capturing = True
-    assert launch(two, True, 8) == 16
+TWO = (_tuning.Blocks(16, 16, 16, 4, 1), _tuning.SMALL)
+
+
+def _launch(kernel: Any, choices: Any, large: bool, width: int) -> Any:
+    _tuning.launch(kernel, choices, (1,), ("width",), large, width=width, x=torch.ones(1))
+    return kernel.calls[-1]
+
+
+def test_what_is_timed(listening: _Listening, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Large work that has a choice, once, and not for the first time while a graph is captured."""
     capturing = False
-    assert launch(two, True, 8) == "tuner"
-    assert launch(two, False, 8) == 16  # the same bits as before
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
+    assert _launch(listening, TWO, False, 8) == 16
+    assert _launch(listening, TWO[:1], True, 8) == 16
     capturing = True
-    assert launch(two, True, 8) == "tuner"
-    assert launch(two, True, 24) == 16
+    assert _launch(listening, TWO, True, 8) == 16
+    capturing = False
+    assert _launch(listening, TWO, True, 8) == "timed"
+    assert _launch(listening, TWO, True, 8) == 99
+    assert _launch(listening, TWO, False, 8) == 16  # the same bits as before
+    capturing = True
+    assert _launch(listening, TWO, True, 8) == 99
+    assert _launch(listening, TWO, True, 24) == 16
+
+
+def test_one_thread_times_at_a_time(listening: _Listening) -> None:
+    """The backwards of two cards have a thread each; a tuner keeps its call in itself."""
+    inside, most = 0, 0
+
+    class Tuner(_Listening):
+        def __getitem__(self, grid: Any) -> Any:
+            run = super().__getitem__(grid)
+
+            def slowly(**arguments: Any) -> None:
+                nonlocal inside, most
+                inside += 1
+                most = max(most, inside)
+                time.sleep(0.05)
+                run(**arguments)
+                inside -= 1
+
+            return slowly
+
+    kernel = Tuner()
+    widths = (8, 16, 24)
+    threads = [Thread(target=_launch, args=(kernel, TWO, True, width)) for width in widths]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert kernel.calls == ["timed"] * 3 and most == 1
+
+
+def test_timing_is_of_the_card_and_not_of_the_launches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A card of two clocks: launching takes 40 microseconds, what is launched takes 5."""
+    host = card = 0.0
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            nonlocal card
+            card = max(card, host)
+            self.at = card
+
+        def elapsed_time(self, other: "Event") -> float:
+            return 1e3 * (other.at - self.at)
+
+        def synchronize(self) -> None:
+            nonlocal host
+            host = max(host, self.at)
+
+    def work(seconds: float) -> None:
+        nonlocal card
+        card = max(card, host) + seconds
+
+    def call() -> None:
+        nonlocal host
+        host += 40e-6
+        work(5e-6)
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: work(cycles / 2e9))
+    monkeypatch.setattr(time, "perf_counter", lambda: host)
+    assert _tuning.milliseconds(call) == [pytest.approx(5e-3)]
 
 
 @interpreted
