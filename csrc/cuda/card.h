@@ -11,7 +11,9 @@ namespace pyllm::cuda {
 
 #ifdef __CUDACC__
 inline void require_success(cudaError_t error) {
-  if (error != cudaSuccess) throw std::runtime_error(cudaGetErrorString(error));
+  if (error == cudaSuccess) return;
+  cudaGetLastError();  // or the next launch would find it
+  throw std::runtime_error(cudaGetErrorString(error));
 }
 
 // Keeps the answer, a positive number, for each card.

@@ -37,6 +37,8 @@ SIZES = [
     (129, 144, 9),
     (140, 272, 131),
 ]
+# More outputs than there are warps, part of a round of loads, one and a half, and exactly one.
+ONE_ROW = [(1, 16, 3), (1, 1296, 77), (1, 6144, 9), (1, 4096, 70)]
 
 
 @pytest.fixture
@@ -88,11 +90,11 @@ def test_tensor_cores_keep_the_error_budget(
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("sizes", [(1, 16, 3), (1, 1296, 77), (1, 6144, 9), *SIZES], ids=str)
+@pytest.mark.parametrize("sizes", [*ONE_ROW, *SIZES], ids=str)
 def test_all_ways_give_the_same_bits(
     sizes: tuple[int, int, int], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of integers. 6,144 are more than a round of loads, 77 more outputs than there are warps."""
+    """Of integers."""
     rows, width, outputs = sizes
     case = INT8_LINEAR.case({"N": rows, "D": width, "F": outputs, "edge": "none", "quantize": True})
     inputs = list(case.make_inputs(dtype, DEVICE).values())
@@ -130,6 +132,24 @@ def test_the_order_of_threads_changes_nothing(quantize_input: bool) -> None:
             finally:
                 cuda_extension().set_order(0)
             assert torch.equal(y, expected), (rows, order)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("launches", [1, 2])
+def test_the_largest_of_a_row_may_be_anywhere(
+    launches: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each thread has a part in the scale."""
+    if launches == 2:
+        monkeypatch.setattr(FACE, "LARGEST_ROW", -1)
+    width, outputs = 8192, 9
+    weight = torch.full((outputs, width), 3, dtype=torch.int8, device=DEVICE)
+    scale = torch.full((outputs,), 2.0**-12, device=DEVICE)
+    for at in range(0, width, 264):  # another warp every time, whatever each of them reads at once
+        x = torch.ones(1, width, dtype=dtype, device=DEVICE)
+        x[0, at] = 127
+        y = int8_linear(x, weight, scale, face="cuda")
+        assert y.tolist() == [[(width + 126) * 3 * 2.0**-12] * outputs], at
 
 
 @pytest.mark.parametrize("quantize_input", [True, False])
