@@ -207,10 +207,24 @@ def _cuda_kernels() -> list[Finding]:
 
 
 def _faces() -> list[Finding]:
-    from pyllm.ops import available_faces
-    from pyllm.ops._registry import PREFERENCES
+    """Those that serve a device of this machine."""
+    import torch
 
-    return [Finding(f"faces of {op}", ", ".join(available_faces(op))) for op in sorted(PREFERENCES)]
+    from pyllm.ops import available_faces
+    from pyllm.ops._registry import PREFERENCES, serves
+
+    kinds = ["cpu", *["cuda"] * torch.cuda.is_available()]
+    return [
+        Finding(
+            f"faces of {op}",
+            ", ".join(
+                face
+                for face in available_faces(op)
+                if any(serves(op, face, device) for device in kinds)
+            ),
+        )
+        for op in sorted(PREFERENCES)
+    ]
 
 
 def devices() -> list[Finding]:

@@ -30,7 +30,7 @@ FACES = [
     (op, face)
     for op in OPERATIONS
     for face in faces_on("cuda", available_faces(op))
-    if _registry._serves(op, face, "cuda")
+    if _registry.serves(op, face, "cuda")
 ]
 COMPILED = [pair for pair in FACES if pair[1] in ("cuda", "triton")]
 """Those that are kernels: they take no host's time between launches."""

@@ -134,7 +134,7 @@ def _cuda_runs_nowhere() -> bool:
     return True
 
 
-def _serves(op: str, face: str, device_type: str) -> bool:
+def serves(op: str, face: str, device_type: str) -> bool:
     devices = _devices_of(face)
     if devices is not None and device_type not in devices:
         return False
@@ -155,7 +155,7 @@ def _best_face(op: str, device_type: str) -> str:
         preferred = (_FORCED_FACE, *preferred)
     best: list[str] = []
     for face in dict.fromkeys(preferred):
-        if _serves(op, face, device_type):
+        if serves(op, face, device_type):
             best.append(face)
             if _unlimited(op, face) is not None:
                 break
@@ -183,7 +183,7 @@ def choose_face(op: str, device_type: str, face: str | None) -> str:
     """
     if face is None:
         return _best_face(op, device_type)
-    here = [known for known in available_faces(op) if _serves(op, known, device_type)]
+    here = [known for known in available_faces(op) if serves(op, known, device_type)]
     if not isinstance(face, str) or face not in here:
         raise ValueError(
             f"{op} has no face {face!r} here for tensors on {device_type}; "

@@ -8,6 +8,7 @@ What is added to it here: a state dict of plain tensors, as checkpoints hold the
 that has either happened or not when memory runs out.
 """
 
+import logging
 from collections.abc import Iterable
 from functools import cache
 from typing import Any
@@ -61,6 +62,8 @@ def kept_by_adamw8bit(parameter: Tensor) -> dict[str, Tensor]:
 
 @cache
 def _library() -> Any:
+    # At its import it warns of a kernel for 4 bits, of which nothing here has a use.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     try:
         from bitsandbytes.optim import AdamW8bit
     except Exception as error:  # ImportError, and what its native parts raise where they don't fit

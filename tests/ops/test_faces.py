@@ -149,7 +149,7 @@ def test_what_a_card_must_be_capable_of(
     monkeypatch.setattr(_registry, "_devices_of", lambda face: ("cuda",))
     monkeypatch.setattr(_registry, "face_module", lambda op, face: SimpleNamespace())
     for face, served in faces.items():
-        assert _registry._serves("rms_norm", face, "cuda") is served
+        assert _registry.serves("rms_norm", face, "cuda") is served
 
 
 def test_each_of_several_cards_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -187,14 +187,14 @@ def test_a_driver_that_is_too_old_leaves_the_other_faces(monkeypatch: pytest.Mon
 
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.warns(UserWarning, match="cannot be used: cuda:0: CUDA driver version is insuffi"):
-        assert not _registry._serves("rms_norm", "cuda", "cuda")
-    assert _registry._serves("rms_norm", "triton", "cuda")
+        assert not _registry.serves("rms_norm", "cuda", "cuda")
+    assert _registry.serves("rms_norm", "triton", "cuda")
 
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    assert _registry._serves("rms_norm", "cuda", "cuda")
+    assert _registry.serves("rms_norm", "cuda", "cuda")
     entered.clear()
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
-    assert _registry._serves("rms_norm", "cuda", "cuda")
+    assert _registry.serves("rms_norm", "cuda", "cuda")
     assert entered == [1], "the other card got a context"
     for index, expected in ((0, f"cuda:0: {reasons[0]}"), (1, None)):
         card = torch.device("cuda", index)
