@@ -145,11 +145,13 @@ def test_the_largest_of_a_row_may_be_anywhere(
     width, outputs = 8192, 9
     weight = torch.full((outputs, width), 3, dtype=torch.int8, device=DEVICE)
     scale = torch.full((outputs,), 2.0**-12, device=DEVICE)
+    total = (width + 126) * 3 * 2.0**-12
+    expected = torch.full((1, outputs), total, dtype=dtype, device=DEVICE)
     for at in range(0, width, 264):  # another warp every time, whatever each of them reads at once
         x = torch.ones(1, width, dtype=dtype, device=DEVICE)
         x[0, at] = 127
         y = int8_linear(x, weight, scale, face="cuda")
-        assert y.tolist() == [[(width + 126) * 3 * 2.0**-12] * outputs], at
+        assert torch.equal(y, expected), at
 
 
 @pytest.mark.parametrize("quantize_input", [True, False])
