@@ -111,10 +111,12 @@ def main(config: Config) -> None:
     from pyllm.models.device import available_devices, choose_device
     from pyllm.train.run import default_folder
 
-    if config.device not in {name.partition(":")[0] for name in available_devices()}:
+    here = available_devices()
+    if config.device not in {name.partition(":")[0] for name in here}:
         raise ValueError(
-            f"--device {config.device} is not on this machine; --device cpu --toy runs everything "
-            "at toy size, which measures nothing that was promised"
+            f"device '{config.device}' is not available on this machine; here: {', '.join(here)}. "
+            "--device cpu --toy runs everything at toy size, which measures nothing that was "
+            "promised"
         )
     device = choose_device(config.device)
     require_writable(config.results)

@@ -196,7 +196,8 @@ def test_gpu_benchmark_without_a_card(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert start("gpu.py") == (2, [])
     said = capsys.readouterr().err
-    assert "--device cuda is not on this machine; --device cpu --toy runs everything" in said
+    assert "device 'cuda' is not available on this machine; here: cpu" in said
+    assert "--device cpu --toy runs everything" in said
 
 
 def test_balance_benchmark(
