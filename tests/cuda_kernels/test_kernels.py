@@ -16,6 +16,7 @@ from pyllm.ops import (
     moe_dispatch,
     rms_norm,
     rope,
+    route_topk,
 )
 from pyllm.ops._registry import face_module
 from pyllm.testing import OPERATIONS, OpCase, check_face, run_face
@@ -163,6 +164,22 @@ def test_many_experts_are_sorted() -> None:
     expected = face_module("moe_dispatch", "reference").sort_by_expert(experts, 2500)
     for have, want in zip(got, expected, strict=True):
         assert torch.equal(have, want)
+
+
+def test_many_rows_of_a_block_in_several_warps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The warps of a block meet once for each row, in the same shared memory."""
+    face = face_module("rms_norm", "cuda")
+    monkeypatch.setattr(face, "MOST_BLOCKS", 1)
+    check_face(OPERATIONS["rms_norm"].case({"N": 4, "D": 300}), face, torch.float32)
+
+
+@pytest.mark.parametrize("value", [float("inf"), -float("inf")])
+def test_the_z_loss_of_infinite_logits_is_infinite(value: float) -> None:
+    """And not NaN, as for the reference."""
+    logits = torch.randn(3, 5)
+    logits[1] = value
+    losses = [route_topk(logits, 2, face=face).z_loss for face in ("cuda", "reference")]
+    assert all(loss == float("inf") for loss in losses)
 
 
 def test_no_experts_were_chosen() -> None:

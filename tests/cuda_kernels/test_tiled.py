@@ -114,6 +114,15 @@ def test_a_target_out_of_range_is_nan(target: int) -> None:
     assert lse.isfinite().all()
 
 
+def test_words_behind_the_last_one_are_no_logits_of_zero() -> None:
+    """Beside which logits of -200 would have no exponential."""
+    x, weight = torch.full((3, 2), -10.0), torch.full((70, 2), 10.0)
+    targets = torch.tensor([0, 7, 69])
+    loss = linear_cross_entropy(x, weight, targets, reduction="none", face="cuda")
+    expected = linear_cross_entropy(x, weight, targets, reduction="none", face="reference")
+    torch.testing.assert_close(loss, expected)
+
+
 def test_far_more_experts_than_rows() -> None:
     """The list of tiles is made by a warp, 32 experts at a time."""
     operation = OPERATIONS["moe_ffn"]
