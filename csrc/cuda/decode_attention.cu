@@ -24,7 +24,6 @@ constexpr int kTile = 64;        // keys whose scores are kept at a time
 constexpr int kKeyLanes = 8;     // threads that multiply one key
 constexpr int kMostGroups = 16;  // of threads that add values of other keys
 constexpr int kMostWidth = 512;  // of a head
-constexpr int kLargestPosition = 2147483647;
 
 struct Strides {
   std::int64_t batch, slot, head;

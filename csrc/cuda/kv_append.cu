@@ -13,7 +13,6 @@ namespace pyllm::cuda {
 namespace {
 
 constexpr int kHeadWarps = 4;  // heads of a block that makes them int8, a warp for each
-constexpr int kLargestPosition = 2147483647;
 
 struct Strides {
   std::int64_t batch, token, head;

@@ -6,6 +6,8 @@
 namespace pyllm::cuda {
 
 constexpr int kRowBlock = 256;  // threads of a block
+// Of a key in a cache; what is written to one and read from it must agree on this.
+constexpr int kLargestPosition = 2147483647;
 
 // A block of kRowBlock threads: `threadIdx.x` walks a row, `threadIdx.y` counts rows. `steps` is
 // what a row has to do, one thread's step after the other.
