@@ -219,10 +219,7 @@ def _cut(x_ND: Tensor, n_words: int) -> tuple[int, int]:
     """How many words the backward takes at a time, and into how many parts dx's sums are split."""
     if INTERPRETED:
         return min(1024, triton.cdiv(max(n_words, 1), 16) * 16), 2
-    properties = torch.cuda.get_device_properties(x_ND.device)
-    share = torch.cuda.get_per_process_memory_fraction(x_ND.device)
-    # What this process may have of it: a cap stands for a smaller card.
-    card = sizes.Card(int(share * properties.total_memory), properties.multi_processor_count)
+    card = sizes.card_of(x_ND.device)
     (n_rows, width), item_size = x_ND.shape, x_ND.element_size()
     slab = sizes.slab_words(n_rows, n_words, item_size, card)
     return slab, sizes.slab_splits(n_rows, width, slab, item_size, card)

@@ -6,6 +6,8 @@ the card nor Triton.
 
 from dataclasses import dataclass
 
+import torch
+
 LEAST_SLAB_BYTES, MOST_SLAB_BYTES = 64 << 20, 1 << 30
 MOST_SPLITS = 8
 """Into so many parts at most the words of a slab are split for dx, where rows and columns alone
@@ -29,6 +31,13 @@ class Card:
     """Bytes that PyTorch may take of it."""
     processors: int
     """Multiprocessors."""
+
+
+def card_of(device: torch.device | int) -> Card:
+    """A card of this machine, of which a cap leaves this process less."""
+    share = torch.cuda.get_per_process_memory_fraction(device)
+    properties = torch.cuda.get_device_properties(device)
+    return Card(int(share * properties.total_memory), properties.multi_processor_count)
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ from pyllm.ops._registry import PREFERENCES, choose_face
 from pyllm.reference._loss_sizes import (
     SPAN,
     Card,
+    card_of,
     cuda_scratch,
     slab_splits,
     slab_words,
@@ -96,11 +97,8 @@ def estimate_memory(
 
 
 def _card(memory: int | None) -> Card:
-    card = SMALL_CARD
-    if torch.cuda.is_available():
-        properties = torch.cuda.get_device_properties(torch.cuda.current_device())
-        share = torch.cuda.get_per_process_memory_fraction()
-        card = Card(int(share * properties.total_memory), properties.multi_processor_count)
+    here = torch.cuda.is_available()
+    card = card_of(torch.cuda.current_device()) if here else SMALL_CARD
     if memory is not None:
         # All cards up to 4 GiB are alike to the loss: one estimate serves them.
         card = replace(card, memory=max(memory, SMALL_CARD.memory))
