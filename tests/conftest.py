@@ -207,7 +207,7 @@ NOT_SHOWN_WITHOUT_A_CARD = (
     "Triton's interpreter: races, masked loads without a value (0 here, anything there), TF32",
     "Triton's and nvcc's compilers alone: that the code runs, and what it computes",
     "CUDA C++ on the CPU: contracted products, exp and rsqrt as the card has them, the launch "
-    "itself and its streams; without -m slow, races and addresses outside of a tensor",
+    "itself and its streams; without the slow tests, races and addresses outside of a tensor",
     "either: speed, the memory that a card needs, CUDA graphs",
 )
 

@@ -59,7 +59,8 @@ def test_every_configuration_fits_the_cards(
     for row in compiled:
         assert row["shared"] <= row["limit"], row
         assert not row["estimate"] or row["shared"] <= row["estimate"], row
-        assert row["spilled"] == 0 or dtype == "fp64", row  # float64 is for exactness, not speed
+        # float64 is there to compare with, not to be fast.
+        assert row["spilled"] <= (16 if dtype == "fp64" else 0), row
         assert row["mma"] > 0 or not row["wants_mma"], row
         # What feeds tensor cores comes 16 bytes at a time, and in the background.
         assert row["narrow"] == 0 or not (row["wants_mma"] and row["aligned"]), row

@@ -70,10 +70,14 @@ def start(folder: Path, out: Path) -> int:
         os._exit(code)
 
 
+def require_success(status: int) -> None:
+    if status:
+        raise SystemExit(f"a run failed by itself, with status {status}")
+
+
 def ended(child: int) -> bool:
     done, status = os.waitpid(child, os.WNOHANG)
-    if done and status:
-        raise SystemExit(f"a run failed by itself, with status {status}")
+    require_success(status)  # 0 while it runs
     return bool(done)
 
 
@@ -88,12 +92,10 @@ def kill_once(child: int, out: Path, aim: str, delay: float, before: set[int]) -
         return False
     os.kill(child, signal.SIGKILL)
     status = os.waitpid(child, 0)[1]
-    if os.WIFEXITED(status):  # it was leaving already: the signal came after its last word
-        if status:
-            raise SystemExit(f"a run failed by itself, with status {status}")
-        return False
-    assert os.WTERMSIG(status) == signal.SIGKILL
-    return True
+    if os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL:
+        return True
+    require_success(status)  # it was leaving already: the signal came after its last word
+    return False
 
 
 def what_is_left(out: Path, before: set[int]) -> str:
