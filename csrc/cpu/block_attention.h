@@ -64,8 +64,8 @@ inline void add_values(const float* const* weights, const Storage* const* rows, 
 }
 
 template <int n_rows, class Storage>
-inline void add_values(const float* const* weights, const Storage* const* rows, std::int64_t n,
-                       std::int64_t width, float* const* out) {
+[[gnu::noinline]] void add_values(const float* const* weights, const Storage* const* rows,
+                                  std::int64_t n, std::int64_t width, float* const* out) {
   constexpr int kVectors = kDotFeatures;
   std::int64_t c = 0;
   for (; c + kVectors * kDotLanes <= width; c += kVectors * kDotLanes) {

@@ -328,14 +328,13 @@ void run_step(Plan& plan, const Step& step) {
 }  // namespace
 
 void decode_step(Plan& plan, const Step& step) {
-  switch (plan.weights) {
-    case WeightType::float32:
-      return run_step<float>(plan, step);
-    case WeightType::bfloat16:
-      return run_step<BFloat16>(plan, step);
-    case WeightType::int8:
-      return run_step<std::int8_t>(plan, step);
-  }
+  if (plan.weights == WeightType::int8) return run_step<std::int8_t>(plan, step);
+#if defined(__AMX_INT8__)
+  avx512::decode_step(plan, step);  // rows of floats meet no tile (panel.h)
+#else
+  if (plan.weights == WeightType::bfloat16) return run_step<BFloat16>(plan, step);
+  run_step<float>(plan, step);
+#endif
 }
 
 }  // namespace pyllm::PYLLM_ISA

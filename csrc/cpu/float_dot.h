@@ -52,13 +52,22 @@ inline FloatVector load_part(const Number* from, std::int64_t n) {
   return load_vector(part);
 }
 
-inline float sum_lanes(const FloatVector& vector) {
-  float lanes[kDotLanes];
-  std::memcpy(lanes, &vector, sizeof lanes);
-  for (int n = kDotLanes / 2; n > 0; n /= 2) {
-    for (int k = 0; k < n; ++k) lanes[k] += lanes[k + n];
+template <int n>
+struct FloatsOf {
+  typedef float type __attribute__((vector_size(n * sizeof(float))));
+};
+
+// The sum of n numbers: their upper half is added to the lower one until two are left.
+template <int n = kDotLanes>
+inline float sum_lanes(const typename FloatsOf<n>::type& vector) {
+  if constexpr (n == 2) {
+    return vector[0] + vector[1];
+  } else {
+    typename FloatsOf<n / 2>::type lower, upper;
+    std::memcpy(&lower, &vector, sizeof lower);
+    std::memcpy(&upper, reinterpret_cast<const char*>(&vector) + sizeof lower, sizeof upper);
+    return sum_lanes<n / 2>(lower + upper);
   }
-  return lanes[0];
 }
 
 // sums[t * stride + f] = sum_d x[t][d] * rows[f][d].
@@ -113,10 +122,11 @@ inline void float_dots(const float* const* x, const Weight* const* rows, std::in
   }
 }
 
-// The same for a token count that is known at run time only, up to kDotTokens.
+// The same for a token count that is known at run time only, up to kDotTokens. Not inline: each of
+// the loops that call it would be compiled with a copy of all counts, for minutes in all.
 template <class Weight>
-inline void float_dots(int tokens, const float* const* x, const Weight* const* rows,
-                       std::int64_t width, float* sums, std::int64_t stride) {
+[[gnu::noinline]] void float_dots(int tokens, const float* const* x, const Weight* const* rows,
+                                  std::int64_t width, float* sums, std::int64_t stride) {
   with_count<kDotTokens>(tokens,
                          [=](auto count) { float_dots<count>(x, rows, width, sums, stride); });
 }

@@ -196,6 +196,13 @@ inline void to_units(const Storage* __restrict from, std::int64_t n, std::int64_
   }
 }
 
+// The same out of line: where few numbers are left, which a loop comes to once.
+template <class Storage>
+[[gnu::noinline]] void to_last_units(const Storage* from, std::int64_t n, std::int64_t n_units,
+                                     Unit<Storage>* to) {
+  to_units(from, n, n_units, to);
+}
+
 // A square of units: of kLanes lines their numbers from the first on, `count` of them or as many as
 // there is room for. Turned, it is what a few steps take.
 template <class Storage>
@@ -213,7 +220,7 @@ inline void load_square(const Storage* const* lines, int n_lines, std::int64_t f
       to_units(lines[r] + first, whole, lanes, line);
       square[r] = load_units(line);
     } else {
-      to_units(lines[r] + first, count, lanes, line);
+      to_last_units(lines[r] + first, count, lanes, line);
       square[r] = load_units(line);
     }
   }
