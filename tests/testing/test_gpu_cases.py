@@ -2,6 +2,7 @@
 
 import runpy
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from pyllm.testing.suite import faces_on
 
 TESTS = Path(__file__).resolve().parents[1]
 GPU: dict[str, Any] = runpy.run_path(str(TESTS / "test_gpu.py"), run_name="test_gpu")
+CONFTEST = TESTS / "conftest.py"
 
 
 @pytest.mark.parametrize("op", OPERATIONS)
@@ -22,3 +24,27 @@ def test_streams_and_graphs_are_tried_with_kernels_to_launch(op: str) -> None:
         inputs = GPU["one_case"](op, face, torch.float16, "cpu").make_inputs(torch.float16)
         tensors = {name: value for name, value in inputs.items() if torch.is_tensor(value)}
         assert all(value.numel() for value in tensors.values()), (face, list(tensors))
+
+
+@pytest.mark.parametrize(
+    ("marked", "name", "left_out"),
+    [
+        ("gpu", "test_gpu.py", False),
+        ("gpu", "generate/test_gpu.py", False),
+        ("gpu", "generate", False),
+        ("gpu", "generate/small.py", False),
+        ("gpu", "conftest.py", False),
+        ("gpu", "train/test_trainer.py", True),
+        ("gpu", "train", True),
+        ("not gpu", "train", False),
+        ("", "train/test_trainer.py", False),
+    ],
+)
+def test_files_without_a_test_for_a_card_are_not_read(
+    request: pytest.FixtureRequest, marked: str, name: str, left_out: bool
+) -> None:
+    """Thousands of other tests take a while to find, and need libraries that a machine with a card
+    may lack."""
+    conftest = request.config.pluginmanager.get_plugin(str(CONFTEST))
+    config = SimpleNamespace(option=SimpleNamespace(markexpr=marked))
+    assert bool(conftest.pytest_ignore_collect(TESTS / name, config)) == left_out
