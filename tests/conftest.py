@@ -105,6 +105,20 @@ def gpu_workers(memory: int, cores: int) -> int:
     return workers if workers > 1 else 0
 
 
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """`pytest -m gpu` reads only files that hold such tests: to find those among all takes half a
+    minute in each process, and other files need libraries that a machine with a card may lack."""
+    if config.option.markexpr != "gpu":
+        return None
+    if collection_path.is_dir():
+        files = list(collection_path.rglob("test_*.py"))
+    elif collection_path.match("test_*.py"):
+        files = [collection_path]
+    else:
+        return None
+    return not any("mark.gpu" in file.read_text(encoding="utf-8") for file in files) or None
+
+
 @pytest.fixture
 def watchdog(request: pytest.FixtureRequest) -> Iterator[Callable[[], None]]:
     """Call it at the start of each generated input: one that hangs, even in C++, ends the run.

@@ -189,8 +189,15 @@ class OpCase:
         return "-".join(f"{axis}{size}" for axis, size in self.sizes.items())
 
     def make_inputs(self, dtype: torch.dtype, device: str = "cpu", seed: int = 0) -> Arguments:
-        """Inputs by name; the same values for a seed whatever the device, rounded to ``dtype``."""
-        return self.operation.inputs(self.sizes, Draw(dtype, device, seed))
+        """Inputs by name; the same values for a seed whatever the device, rounded to ``dtype``.
+
+        Put together on the CPU, where declarations may write and read single numbers.
+        """
+        inputs = self.operation.inputs(self.sizes, Draw(dtype, "cpu", seed))
+        return {
+            name: value.to(device) if isinstance(value, Tensor) else value
+            for name, value in inputs.items()
+        }
 
 
 def as_tuple(result: Any) -> tuple[Tensor, ...]:

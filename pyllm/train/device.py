@@ -51,9 +51,11 @@ def free_memory(device: torch.device) -> int | None:
     """Bytes that PyTorch may still take of a CUDA device; None of others, which are not asked."""
     if device.type != "cuda":
         return None
-    free, total = torch.cuda.mem_get_info(device)
-    cap = torch.cuda.get_per_process_memory_fraction(device) * total
-    return max(min(free, int(cap) - torch.cuda.memory_reserved(device)), 0)
+    # Of "cuda" alone PyTorch does not tell the share.
+    card = torch.cuda.current_device() if device.index is None else device.index
+    free, total = torch.cuda.mem_get_info(card)
+    cap = torch.cuda.get_per_process_memory_fraction(card) * total
+    return max(min(free, int(cap) - torch.cuda.memory_reserved(card)), 0)
 
 
 def give_back_memory(device: torch.device) -> None:

@@ -10,6 +10,7 @@ import torch
 
 from pyllm.reference import rms_norm as reference
 from pyllm.testing import OPERATIONS, Mismatch, check_face, poisoned_memory, run_face
+from pyllm.testing.declaration import Operation
 from pyllm.testing.layouts import LAYOUTS
 
 CASE = OPERATIONS["rms_norm"].case({"N": 5, "D": 7})
@@ -139,3 +140,17 @@ def test_a_case_is_as_it_was_after_a_face_wrote_to_it() -> None:
     first = run_face(case, case.operation.reference, inputs, {})
     assert all(torch.equal(inputs[name], again[name]) for name in ("k_cache", "v_cache"))
     assert not torch.equal(first.outputs["k_cache"], inputs["k_cache"])
+
+
+@pytest.mark.parametrize("operation", OPERATIONS.values(), ids=OPERATIONS)
+def test_inputs_can_be_made_for_any_device(operation: Operation) -> None:
+    """The meta device stands for a card: it refuses to be mixed with the CPU, and to be read."""
+    cases = [*operation.hostile_cases, operation.case(operation.tiny)]
+    for case in cases:
+        here, there = case.make_inputs(torch.float16), case.make_inputs(torch.float16, "meta")
+        for name, value in here.items():
+            if isinstance(value, torch.Tensor):
+                found = there[name]
+                assert found.device.type == "meta", name
+                assert (found.shape, found.dtype) == (value.shape, value.dtype), name
+                assert found.stride() == value.stride(), name

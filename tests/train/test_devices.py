@@ -70,3 +70,18 @@ print(faults(), keep_freed_memory(), faults() and faults())
     if words[1] == "False":
         pytest.skip("this system's malloc has no mallopt")
     assert int(words[2]) < int(words[0]) / 5
+
+
+@pytest.mark.parametrize(("place", "free", "expected"), [("cuda", 9, 9), ("cuda:1", 40, 30)])
+def test_what_is_free_of_a_card_without_a_number(
+    monkeypatch: pytest.MonkeyPatch, place: str, free: int, expected: int
+) -> None:
+    """``auto`` chooses "cuda", and PyTorch knows no share of a card without its number."""
+    shares = {0: 1.0, 1: 0.5}
+    for function in ("_lazy_init", "memory._lazy_init"):
+        monkeypatch.setattr(f"torch.cuda.{function}", lambda: None)
+    monkeypatch.setattr(torch._C, "_cuda_getMemoryFraction", shares.__getitem__, raising=False)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda one: (free, 100))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda one: 20)
+    assert device.free_memory(torch.device(place)) == expected
