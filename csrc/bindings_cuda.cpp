@@ -81,6 +81,7 @@ PYBIND11_MODULE(_cuda, module) {
 #ifdef PYLLM_CUDA_ON_CPU
   module.attr("ON_CPU") = true;
   module.def("set_order", [](unsigned order) { cuda_on_cpu::machine.set_order(order); });
+  module.def("set_last_blocks", [](long count) { cuda_on_cpu::machine.set_last_blocks(count); });
 #ifdef PYLLM_CUDA_RACES
   module.def("watch_tensors", &watch_tensors);
 #endif

@@ -127,8 +127,9 @@ class Machine {
     // launch() asks for more where the dynamic part alone is more.
     shared_end_ = dynamic_bytes > kShared ? most_shared : kShared;
     const long n_blocks = static_cast<long>(grid.x) * grid.y * grid.z;
-    std::vector<long> blocks(n_blocks);
-    for (long i = 0; i < n_blocks; ++i) blocks[i] = i;
+    const long first = last_blocks_ > 0 ? std::max(n_blocks - last_blocks_, 0L) : 0;
+    std::vector<long> blocks(n_blocks - first);
+    for (std::size_t i = 0; i < blocks.size(); ++i) blocks[i] = first + static_cast<long>(i);
     arrange(blocks);
     for (const long number : blocks) {
       block = {static_cast<unsigned>(number % grid.x),
@@ -146,6 +147,9 @@ class Machine {
     order_ = order;
     random_.seed(order);
   }
+
+  // Of each launch only the last `count` blocks run, 0: all. For tensors too large for more.
+  void set_last_blocks(long count) { last_blocks_ = count; }
 
   void* dynamic_shared() { return aligned(shared_.data()); }
 
@@ -405,6 +409,7 @@ class Machine {
   std::mutex mutex_;
   std::mt19937 random_;
   unsigned order_ = 0;
+  long last_blocks_ = 0;
   const char* kernel_ = "";
   int n_threads_ = 0;
   void (*body_)(void*) = nullptr;
