@@ -98,6 +98,7 @@ class CachedAttention {
       } else {
         take_in_chunk<0>(problem, item, partial, scratch);
       }
+      scratch.free();
     });
   }
 

@@ -58,6 +58,7 @@ void decode(Problem<Storage> problem, const Query* q, Query* y, int n_threads) {
         add_chunks(problem, workspace.parts, b, row, scratch.values, y + (b * rows + row) * width);
       }
     }
+    scratch.free();
   });
   workspace.free();
 }

@@ -121,8 +121,8 @@ struct Scratch {
         queries(scores + heads * kScores),
         values(queries + heads * ordered_width<Storage>(width)),
         shrink(values + heads * ordered_width<Storage>(width)) {}
-  Scratch(const Scratch&) = delete;
-  ~Scratch() { delete[] scores; }
+  // Called by hand, see block_attention.h.
+  void free() const { delete[] scores; }
 };
 
 // Query heads that go through keys and values together, and keys whose products are added up
