@@ -142,7 +142,8 @@ class Machine {
     }
   }
 
-  // 0: ascending, 1: descending, others: shuffled by that seed, anew whenever threads take turns.
+  // 0: ascending, 1: descending, one warp after the other, others: shuffled by that seed, anew
+  // whenever threads take turns.
   void set_order(unsigned order) {
     order_ = order;
     random_.seed(order);
@@ -321,19 +322,34 @@ class Machine {
       prepare(fiber);
     }
     if (order_ == 1) arrange(order);
+    // Descending, a warp goes as far as it comes before the next one; else all take turns.
+    const int together = order_ == 1 ? kWarp : n_threads_;
     for (int left = n_threads_; left > 0;) {
       if (order_ > 1) arrange(order);
       bool any = false;
-      for (const int i : order) {
-        if (fibers_[i].state != State::ready) continue;
-        any = true;
-        enter(fibers_[i]);
-        current = nullptr;
-        if (!failure_.empty()) raise(failure_);
-        left -= fibers_[i].state == State::done;
+      for (int first = 0; first < n_threads_; first += together) {
+        const int last = std::min(first + together, n_threads_);
+        while (take_turns(order.data() + first, order.data() + last, left)) {
+          any = true;
+          if (order_ != 1) break;
+        }
       }
       if (!any && left > 0) raise(stuck(left));
     }
+  }
+
+  // Lets those go on that can; is there any?
+  bool take_turns(const int* begin, const int* end, int& left) {
+    bool any = false;
+    for (const int* i = begin; i < end; ++i) {
+      if (fibers_[*i].state != State::ready) continue;
+      any = true;
+      enter(fibers_[*i]);
+      current = nullptr;
+      if (!failure_.empty()) raise(failure_);
+      left -= fibers_[*i].state == State::done;
+    }
+    return any;
   }
 
   std::string stuck(int left) const {

@@ -157,20 +157,30 @@ def test_many_tiles_are_sorted() -> None:
         assert torch.equal(have, want)
 
 
-def test_many_experts_are_sorted() -> None:
+def test_many_experts_are_sorted(set_order) -> None:
     """More counts than the scan adds up at once."""
     experts = torch.randint(2500, (40, 1), generator=torch.Generator().manual_seed(0))
-    got = _routing.sort_by_expert(experts, 2500)
     expected = face_module("moe_dispatch", "reference").sort_by_expert(experts, 2500)
-    for have, want in zip(got, expected, strict=True):
-        assert torch.equal(have, want)
+    for order in (0, 1, 2):
+        set_order(order)
+        got = _routing.sort_by_expert(experts, 2500)
+        for have, want in zip(got, expected, strict=True):
+            assert torch.equal(have, want)
 
 
-def test_many_rows_of_a_block_in_several_warps(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_many_rows_of_a_block_in_several_warps(monkeypatch: pytest.MonkeyPatch, set_order) -> None:
     """The warps of a block meet once for each row, in the same shared memory."""
     face = face_module("rms_norm", "cuda")
     monkeypatch.setattr(face, "MOST_BLOCKS", 1)
-    check_face(OPERATIONS["rms_norm"].case({"N": 4, "D": 300}), face, torch.float32)
+    for order in (0, 1, 2):
+        set_order(order)
+        check_face(OPERATIONS["rms_norm"].case({"N": 4, "D": 300}), face, torch.float32)
+
+
+def test_the_last_warp_has_fewer_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    face = face_module("route_topk", "cuda")
+    monkeypatch.setattr(face, "MOST_WARPS", 4)
+    check_face(OPERATIONS["route_topk"].case({"N": 10, "E": 7, "A": 2}), face, torch.float32)
 
 
 @pytest.mark.parametrize("value", [float("inf"), -float("inf")])
@@ -180,6 +190,15 @@ def test_the_z_loss_of_infinite_logits_is_infinite(value: float) -> None:
     logits[1] = value
     losses = [route_topk(logits, 2, face=face).z_loss for face in ("cuda", "reference")]
     assert all(loss == float("inf") for loss in losses)
+
+
+@pytest.mark.parametrize("at", [2, 34, 38])
+def test_the_z_loss_of_a_logit_that_is_not_a_number(at: int) -> None:
+    """Beside an infinite one, in the same lane or in another."""
+    logits = torch.zeros(1, 40)
+    logits[0, 6], logits[0, at] = float("inf"), NAN
+    losses = [route_topk(logits, 2, face=face).z_loss for face in ("cuda", "reference")]
+    assert all(loss.isnan() for loss in losses)
 
 
 def test_no_experts_were_chosen() -> None:
@@ -215,29 +234,50 @@ def _moved(value: object, shift: int) -> object:
     return view.copy_(value)
 
 
-def _of_wider_rows(tensor: Tensor) -> Tensor:
-    """The same numbers in rows that begin at odd addresses, but for the first."""
-    wider = tensor.new_zeros(*tensor.shape[:-1], tensor.shape[-1] + 1)
-    return wider[..., :-1].copy_(tensor)
+def _between_packs(drawn: Tensor, where: str) -> Tensor:
+    """The numbers of (2, 3, 2, K), of whole packs, where one stride alone is none, or the start."""
+    width = drawn.shape[-1]
+    strides = {"batch": (6, 2, 1), "token": (8, 2, 1), "head": (12, 4, 1), "start": (6, 2, 1)}
+    in_packs = dict(zip(("batch", "token", "head"), strides[where], strict=True))
+    steps = [packs * width + (name == where) for name, packs in in_packs.items()]
+    storage = drawn.new_zeros(40 * width)
+    given = storage.as_strided(drawn.shape, (*steps, 1), 3 if where == "start" else 0)
+    return given.copy_(drawn)
 
 
+WHERE = ("batch", "token", "head", "start")
+
+
+@pytest.mark.parametrize("where", WHERE)
 @pytest.mark.parametrize("moved", ["k", "v"])
-def test_rows_of_whole_packs_between_packs(moved: str) -> None:
-    """Each operand's strides count, not those of the first alone."""
-    drawn = {"k": torch.randn(1, 3, 2, 8).half(), "v": torch.randn(1, 3, 2, 8).half()}
-    given = {**drawn, moved: _of_wider_rows(drawn[moved])}
-    held = torch.zeros(2, 1, 3, 2, 8, dtype=torch.float16)
-    at = torch.tensor([0], dtype=torch.int32), torch.tensor([3], dtype=torch.int32)
+def test_rows_of_whole_packs_between_packs(moved: str, where: str) -> None:
+    """Each stride of each operand counts, and where it begins."""
+    drawn = {"k": torch.randn(2, 3, 2, 8).half(), "v": torch.randn(2, 3, 2, 8).half()}
+    given = {**drawn, moved: _between_packs(drawn[moved], where)}
+    held = torch.zeros(2, 2, 3, 2, 8, dtype=torch.float16)
+    at = torch.tensor([0, 0]), torch.tensor([3, 3])
     _raw("kv_append", *held, *given.values(), *at, 0, False, None, None)
     assert torch.equal(held[0], drawn["k"]) and torch.equal(held[1], drawn["v"])
-    q = torch.randn(1, 3, 2, 8).half()
+    q = torch.randn(2, 3, 2, 8).half()
     y = decode_attention(q, *given.values(), *at, face="cuda")
-    assert torch.equal(y, decode_attention(q, *drawn.values(), *at, face="cuda"))
+    # Whose sums are in another order.
+    torch.testing.assert_close(y, decode_attention(q, *drawn.values(), *at, face="cuda"))
 
 
-def test_rope_of_rows_between_packs() -> None:
-    x, angles = torch.randn(1, 3, 2, 16).half(), torch.randn(3, 8)
-    y = rope(_of_wider_rows(x), angles.cos(), angles.sin(), face="cuda")
+@pytest.mark.parametrize("moved", [0, 1], ids=["k", "v"])
+def test_a_cache_that_begins_between_packs(moved: int) -> None:
+    k, v = torch.randn(2, 2, 3, 2, 8).half()
+    held = [torch.zeros(2, 3, 2, 8).half() for _ in range(2)]
+    held[moved] = torch.zeros(held[moved].numel() + 3).half()[3:].view(held[moved].shape)
+    at = torch.tensor([0, 0]), torch.tensor([3, 3])
+    _raw("kv_append", *held, k, v, *at, 0, False, None, None)
+    assert torch.equal(held[0], k) and torch.equal(held[1], v)
+
+
+@pytest.mark.parametrize("where", WHERE)
+def test_rope_of_rows_between_packs(where: str) -> None:
+    x, angles = torch.randn(2, 3, 2, 16).half(), torch.randn(3, 8)
+    y = rope(_between_packs(x, where), angles.cos(), angles.sin(), face="cuda")
     assert torch.equal(y, rope(x, angles.cos(), angles.sin(), face="cuda"))
 
 

@@ -8,6 +8,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pyllm._native import cuda_extension, cuda_on_cpu
+from pyllm.cuda_kernels._launch import launch
 from pyllm.ops import attention, available_faces, linear_cross_entropy, moe_ffn
 from pyllm.ops._registry import face_module
 from pyllm.reference import _loss_sizes
@@ -58,10 +59,15 @@ def test_pairs_of_halfs_that_overflow_are_computed_once_more() -> None:
 
 
 @pytest.mark.parametrize("n_tokens", [3, 9])
-@pytest.mark.parametrize("wrong", [-1, 3, 2**31 - 1])
-def test_an_expert_out_of_range_is_nan_and_harms_no_other(wrong: int, n_tokens: int) -> None:
+@pytest.mark.parametrize(
+    ("wrong", "n_experts"), [(-1, 3), (3, 3), (2**31 - 1, 3), (-1, 32), (32, 32)]
+)
+def test_an_expert_out_of_range_is_nan_and_harms_no_other(
+    wrong: int, n_experts: int, n_tokens: int
+) -> None:
+    """With 32 experts, those of no expert begin the second round of the list of tiles."""
     case = OPERATIONS["moe_ffn"].case(
-        {"N": n_tokens, "D": 8, "F": 5, "E": 3, "A": 2, "load": "even", "act": "swiglu"}
+        {"N": n_tokens, "D": 8, "F": 5, "E": n_experts, "A": 2, "load": "even", "act": "swiglu"}
     )
     given = list(case.make_inputs(torch.float32).values())
     right, *_ = torch.ops.pyllm.moe_ffn_forward(*given, "cuda")
@@ -121,6 +127,23 @@ def test_words_behind_the_last_one_are_no_logits_of_zero() -> None:
     loss = linear_cross_entropy(x, weight, targets, reduction="none", face="cuda")
     expected = linear_cross_entropy(x, weight, targets, reduction="none", face="reference")
     torch.testing.assert_close(loss, expected)
+
+
+def test_words_that_are_impossible() -> None:
+    """Logits of -inf: in all of the first tile of words, in all of another, in a part of one."""
+    x, weight = torch.ones(3, 2), torch.randn(700, 2)
+    weight[:128] = weight[256:385] = weight[500:510] = -float("inf")
+    targets = torch.tensor([130, 699, 385])
+    loss = linear_cross_entropy(x, weight, targets, reduction="none", face="cuda")
+    expected = linear_cross_entropy(x, weight, targets, reduction="none", face="reference")
+    torch.testing.assert_close(loss, expected)
+
+
+def test_the_list_of_tiles() -> None:
+    """Of 70, 0 and 30 rows, and 10 of no expert; nothing of what was there before is left."""
+    offsets, tiles = torch.tensor([0, 70, 70, 100], dtype=torch.int32), torch.full((7, 2), 7).int()
+    launch("moe_tiles", offsets, tiles, 3, 110, 64, 7)
+    assert tiles.tolist() == [[0, 0], [0, 64], [2, 70], [3, 100], *[[-1, 0]] * 3]
 
 
 def test_far_more_experts_than_rows() -> None:

@@ -72,6 +72,25 @@ def test_nan_counts_as_the_largest_and_the_lower_index_comes_first(face: str) ->
 
 
 @pytest.mark.parametrize("face", faces_on("cpu", available_faces("route_topk")))
+def test_nan_counts_as_the_largest_whatever_its_sign_and_its_other_bits(face: str) -> None:
+    """0 / 0 has one sign on a processor and the other on a card."""
+    logits = torch.tensor(
+        [[float("inf"), 0, 1, 2, 3], [5, 4, float("-inf"), 2, 3], [1, 2, 3, 4, 5]]
+    )
+    nan = torch.tensor([0x7FC00000, -0x400000, 0x7FFFFFFF], dtype=torch.int32)
+    logits.view(torch.int32)[2, 1:4] = nan
+    logits.view(torch.int32)[0, 2], logits.view(torch.int32)[1, 3] = nan[0], nan[1]
+    experts = route_topk(logits, 3, face=face).experts
+    assert experts.tolist() == [[2, 0, 4], [3, 0, 1], [1, 2, 3]]
+
+
+@pytest.mark.parametrize("face", faces_on("cpu", available_faces("route_topk")))
+def test_zeros_of_either_sign_are_equal(face: str) -> None:
+    logits = torch.tensor([[-1, -0.0, 0.0, -0.0], [0.0, -0.0, -1, 0.0]])
+    assert route_topk(logits, 3, face=face).experts.tolist() == [[1, 2, 3], [0, 1, 3]]
+
+
+@pytest.mark.parametrize("face", faces_on("cpu", available_faces("route_topk")))
 def test_a_bias_decides_the_choice_and_not_the_weights(face: str) -> None:
     logits, bias = torch.tensor([[2.0, 1.0, 0.0, -200.0]]), torch.tensor([0.0, 0.0, 2.0, 3.0])
     routing = route_topk(logits, 2, bias=bias, face=face)

@@ -182,6 +182,9 @@ ATTENTION = Operation(
         {"T": 257, "past": 0, "B": 1, "G": 1, "J": 1, "K": 16, "window": 128, "causal": True},
         {"T": 129, "past": 3, "B": 2, "G": 2, "J": 2, "K": 8, "window": 0, "causal": True},
         {"T": 17, "past": 0, "B": 1, "G": 1, "J": 2, "K": 128, "window": 0, "causal": True},
+        {"T": 9, "past": 3, "B": 1, "G": 1, "J": 2, "K": 72, "window": 0, "causal": True},
+        # The first query of the second tile sees the last key of the first one, no other sees more.
+        {"T": 70, "past": 0, "B": 1, "G": 1, "J": 1, "K": 8, "window": 2, "causal": True},
         {"T": 140, "past": 5, "B": 1, "G": 1, "J": 1, "K": 8, "window": 0, "causal": False},
         {
             "T": 300,

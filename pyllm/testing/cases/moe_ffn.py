@@ -172,6 +172,9 @@ MOE_FFN = Operation(
         {"N": 513, "D": 64, "F": 97, "E": 7, "A": 2, "load": "even", "act": "gelu"},
         {"N": 2100, "D": 8, "F": 9, "E": 3, "A": 2, "load": "last", "act": "swiglu"},
         {"N": 200, "D": 16, "F": 12, "E": 64, "A": 8, "load": "even", "act": "swiglu"},
+        # Few tokens: more choices and experts than a warp has lanes, and ragged rows.
+        {"N": 3, "D": 64, "F": 40, "E": 40, "A": 12, "load": "even", "act": "swiglu"},
+        {"N": 4, "D": 33, "F": 21, "E": 3, "A": 2, "load": "even", "act": "swiglu"},
     ),
     blocks={"GROUP_BYTES": 1},
     tiny={"N": 4, "D": 3, "F": 2, "E": 3, "A": 2, "load": "even", "act": "swiglu"},
