@@ -64,6 +64,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         metavar="N",
         help="of the cases of each test only the first of every N (default 1: all)",
     )
+    parser.addoption(
+        "--gpu-minutes",
+        type=float,
+        default=10,
+        metavar="N",
+        help="what the tests of tests/test_gpu.py may take in all (default 10)",
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -236,7 +243,8 @@ def pytest_terminal_summary(
     left_out = config.stash.get(_LEFT_OUT, {})
     if left_out:
         told = f"{sum(left_out.values())} cases of {len(left_out)} tests had to be left out"
-        terminalreporter.write_line(f"no time, within ten minutes: {told}")
+        minutes = config.getoption("--gpu-minutes")
+        terminalreporter.write_line(f"no time, within {minutes:g} minutes: {told}")
         for test, count in left_out.items():
             terminalreporter.write_line(f"  {count} of {test}")
     verdicts = config.stash.get(_VERDICTS, {})

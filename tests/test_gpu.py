@@ -39,8 +39,9 @@ CAP = int(3.4 * 2**30)
 SECONDS = 5.0
 """Of cases in one test, beside the first one; and three times as long for what Triton compiles.
 The hostile cases alone are 1,800 compilations of its kernels."""
-DEADLINE = time.monotonic() + 9 * 60
-"""Of this process, for all but the first case of each test."""
+BEGIN = time.monotonic()
+MINUTE = 60
+"""Of what this process has (``--gpu-minutes``) the last one is for the first case of each test."""
 
 
 @pytest.fixture(autouse=True)
@@ -72,7 +73,8 @@ def in_time(
     def chosen(cases: Iterable[OpCase], face: str | None = None) -> Iterator[OpCase]:
         waiting = list({case.label: case for case in cases}.values())
         seconds = SECONDS if face in ("cuda", "reference", "torch") else 3 * SECONDS
-        end = min(time.monotonic() + seconds, DEADLINE)
+        in_all = MINUTE * (request.config.getoption("--gpu-minutes") - 1)
+        end = min(time.monotonic() + seconds, BEGIN + in_all)
         while waiting:
             yield waiting.pop(0)
             if waiting and time.monotonic() > end:
