@@ -113,7 +113,8 @@ def run_on_card(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     def wrap(value: Any) -> Any:
         if not isinstance(value, Tensor) or not to_card:
             return value
-        return written.get(id(value)) if id(value) in written else OnCard(value)
+        found = written.get(id(value))
+        return OnCard(value) if found is None else found
 
     return tree_map(wrap, result)
 

@@ -40,8 +40,8 @@ SECONDS = 5.0
 """Of cases in one test, beside the first one; and three times as long for what Triton compiles.
 The hostile cases alone are 1,800 compilations of its kernels."""
 BEGIN = time.monotonic()
-MINUTE = 60
-"""Of what this process has (``--gpu-minutes``) the last one is for the first case of each test."""
+LAST_SECONDS = 60
+"""Of what this process has (``--gpu-minutes``), for the first case of each test alone."""
 
 
 @pytest.fixture(autouse=True)
@@ -73,8 +73,8 @@ def in_time(
     def chosen(cases: Iterable[OpCase], face: str | None = None) -> Iterator[OpCase]:
         waiting = list({case.label: case for case in cases}.values())
         seconds = SECONDS if face in ("cuda", "reference", "torch") else 3 * SECONDS
-        in_all = MINUTE * (request.config.getoption("--gpu-minutes") - 1)
-        end = min(time.monotonic() + seconds, BEGIN + in_all)
+        in_all = 60 * request.config.getoption("--gpu-minutes")
+        end = min(time.monotonic() + seconds, BEGIN + in_all - LAST_SECONDS)
         while waiting:
             yield waiting.pop(0)
             if waiting and time.monotonic() > end:

@@ -11,14 +11,12 @@ import torch
 from torch import Tensor
 
 from pyllm._native import cuda_extension, cuda_on_cpu
-from pyllm.cuda_kernels._launch import launch
+from pyllm.cuda_kernels._launch import dtype_code, launch
 from pyllm.ops._registry import face_module
 
 pytestmark = pytest.mark.skipif(not cuda_on_cpu(), reason="the CUDA kernels here are not the CPU's")
 
 LARGE = 2**31
-HALF = 3
-"""The code of float16, which is what all of these are stored in."""
 
 
 @pytest.fixture
@@ -36,6 +34,11 @@ def _large(*shape: int, dtype: torch.dtype = torch.float16) -> Tensor:
         pytest.skip(f"this machine does not give out so much address space: {error}")
 
 
+def _launch(kernel: str, *arguments: object) -> None:
+    """A kernel for float16, which is what all of these are stored in."""
+    launch(kernel, dtype_code(kernel, torch.float16), *arguments)
+
+
 def _with_end(shape: tuple[int, ...], rows: int) -> tuple[Tensor, Tensor]:
     """A large tensor, and random numbers, which its last rows are."""
     end = torch.randn(rows, *shape[1:]).half()
@@ -43,10 +46,6 @@ def _with_end(shape: tuple[int, ...], rows: int) -> tuple[Tensor, Tensor]:
     assert large.numel() > LARGE
     large[-rows:] = end
     return large, end
-
-
-def test_the_code_of_float16() -> None:
-    assert cuda_extension().DTYPES["float16"] == HALF
 
 
 def test_rms_norm(last_blocks) -> None:
@@ -113,7 +112,7 @@ def test_moe_dispatch(last_blocks) -> None:
     order[-2:] = torch.tensor([len(x) - 1, len(x) - 2])
     last_blocks(1)
     n_valid = torch.tensor(len(x), dtype=torch.int32)
-    launch("moe_dispatch_gather", HALF, x, order, n_valid, rows, len(x), 1, 128)
+    _launch("moe_dispatch_gather", x, order, n_valid, rows, len(x), 1, 128)
     assert torch.equal(rows[-2:], end.flip(0))
 
 
@@ -178,7 +177,7 @@ def test_moe_ffn(last_blocks) -> None:
     sizes = (n_rows, 1, EXPERTS, WIDTH, HIDDEN, False, 1)
     x[-3:] = end / 8
     routing = (order, *_of_last_expert(n_rows))
-    launch("moe_ffn_forward", HALF, x, w_in, w_out, *routing, pre, h, y, *sizes)
+    _launch("moe_ffn_forward", x, w_in, w_out, *routing, pre, h, y, *sizes)
     expected = 8 * (end / 8).float().flip(0) @ in_end.T
     torch.testing.assert_close(pre[-3:].float(), expected, rtol=1e-2, atol=2e-2)
     want = h[-3:].float() @ out_end.T
@@ -200,7 +199,7 @@ def test_moe_ffn_backward(last_blocks) -> None:
     last_blocks(6)  # the tiles of the last expert's matrices
     given = (dy, x, w_in, w_out, weights, pre, order, position, *_of_last_expert(3))
     scratch = (dpre, h, partials, dx, dw_in, dw_out, dweights)
-    launch("moe_ffn_backward", HALF, *given, *scratch, 3, 1, EXPERTS, 128, HIDDEN, False, 1)
+    _launch("moe_ffn_backward", *given, *scratch, 3, 1, EXPERTS, 128, HIDDEN, False, 1)
 
     wide = pre.float().requires_grad_()
     hidden = _gelu(wide)
@@ -247,7 +246,7 @@ def test_linear_cross_entropy(rows: str, last_blocks) -> None:
     partials = torch.zeros(-(-n_words // 128), 2, n_rows)
     last_blocks(1)
     given = (x, weight, targets, loss, lse, partials, picked, -100, n_rows, n_words, 1024)
-    launch("linear_cross_entropy_forward", HALF, *given)
+    _launch("linear_cross_entropy_forward", *given)
     x_end, weight_end = (end, small) if rows == "x" else (small, end)
     logits = x_end.float() @ weight_end.float().T
     torch.testing.assert_close(picked[-3:], logits.flip(1).diag())
@@ -259,7 +258,7 @@ def test_linear_cross_entropy(rows: str, last_blocks) -> None:
     lse[-3:] = logits.logsumexp(-1)
     dlogits = _large(n_rows, 3)
     given = (dloss, x, weight, targets, lse, dlogits, -100, n_rows, 1024, first, n_words)
-    launch("linear_cross_entropy_backward", HALF, *given)
+    _launch("linear_cross_entropy_backward", *given)
     expected = logits.softmax(-1) - torch.eye(3).flip(1)
     torch.testing.assert_close(dlogits[-3:].float(), expected, rtol=1e-3, atol=1e-3)
 

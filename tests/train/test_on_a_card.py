@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = (
     *("--n-stories", "200", "--model.n-layers", "2", "--model.d-model", "32", "--model.d-ff", "32"),
